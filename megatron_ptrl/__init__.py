@@ -1,0 +1,1 @@
+"""Pre-training data as a reinforcement signal, for Megatron-Core."""

@@ -1,0 +1,5 @@
+"""The one exception that means "the input is wrong", told in one line."""
+
+
+class InputError(ValueError):
+    """What was wrong, where, what was expected, what to do. The command line prints it without a traceback."""
