@@ -1,0 +1,63 @@
+# Each target sets up what it needs in .venv; a second call starts at once.
+#
+#   PYTHON     interpreter that makes .venv, 3.10 or newer       make quickstart PYTHON=python3.12
+#   WORK_DIR   where the quickstart keeps its data and runs      make quickstart WORK_DIR=/tmp/first
+#   ARGS       handed to pytest                                  make test ARGS='-k report'
+#   MAX_JOBS   compilers at once while the kernels are built
+
+PYTHON ?= python3
+WORK_DIR ?= .quickstart
+ARGS ?=
+MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export MAX_JOBS
+
+BIN := .venv/bin
+# -qq leaves errors, with the compiler's output among them, and drops everything else.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+SOURCES := Makefile pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint bench
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+quickstart: .venv/.ready ## Set up, then train a small model with and without reward shaping
+	@$(BIN)/python examples/quickstart/run.py --work_dir $(WORK_DIR)
+
+test: .venv/.ready-dev ## Run the tests
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: .venv/.ready-dev ## Check style, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: .venv/.ready ## Measure the loss and a training step on this machine
+	@$(BIN)/python benchmarks/loss.py
+	@$(BIN)/python benchmarks/training.py
+
+# torch goes first: without build isolation the kernels compile against the very torch they will be loaded into.
+# The stamps are written last, so an interrupted set-up starts over and finds what pip had finished.
+define set_up
+@$(PYTHON) -c 'import sys; sys.exit(f"$(PYTHON) is Python {sys.version.split()[0]}; expected 3.10 or newer, set PYTHON" if sys.version_info < (3, 10) else 0)'
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "[1/3] making .venv"; $(PYTHON) -m venv .venv; }
+@command -v nvidia-smi >/dev/null || $(BIN)/python -c 'import torch' 2>/dev/null || \
+	echo "      no NVIDIA driver here: if pip's index offers only CUDA builds of torch (several GB)," \
+	"stop and set PIP_EXTRA_INDEX_URL to PyTorch's CPU index"
+@echo "[2/3] installing torch (the first time: minutes)"
+@$(INSTALL) torch setuptools wheel ninja
+@echo "[3/3] installing the rest, building the kernels"
+@$(INSTALL) --no-build-isolation -e '.$(1)'
+endef
+
+.venv/.ready: $(SOURCES)
+	$(call set_up,)
+	@touch $@
+
+# The development packages come on top of the plain set-up and include it.
+.venv/.ready-dev: $(SOURCES)
+	$(call set_up,[dev])
+	@touch .venv/.ready $@
