@@ -26,7 +26,7 @@ class RewardShaping:
     """Exponent of the positive reward, > -1. Below 0 the distribution sharpens, above 0 it flattens."""
 
     lambda_head: float = 0.0
-    """The paper's lambda-tilde: reward of the other tokens among the `top_k` most probable. Above 0 keeps them alive."""
+    """The paper's lambda-tilde: reward of the other tokens among the `top_k` most probable; > 0 keeps them alive."""
 
     lambda_tail: float = 0.0
     """The paper's lambda-hat: reward of the tokens outside the `top_k`. Below 0 pushes them down."""
@@ -43,9 +43,7 @@ class RewardShaping:
             f"beta is {self.beta}; expected > -1, because at -1 and below the reward of a token the model is already "
             "sure of does not tend to 1 (the paper's settings are -0.25, 0 and 0.5)",
         )
-        _require(
-            isinstance(self.top_k, int) and self.top_k >= 1, f"top_k is {self.top_k}; expected an integer >= 1"
-        )
+        _require(isinstance(self.top_k, int) and self.top_k >= 1, f"top_k is {self.top_k}; expected an integer >= 1")
 
     @property
     def ranks_matter(self) -> bool:
@@ -210,9 +208,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optimizer.lr is {self.lr}; expected > 0")
-        _require(
-            0 <= self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}; expected between 0 and lr {self.lr}"
-        )
+        _require(0 <= self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}; expected between 0 and lr {self.lr}")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; expected >= 0")
 
 
@@ -253,7 +249,7 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints at multiples of this step stay for ever; 0 for none."""
     load: str | None = None
-    """Start a new run from the weights of this run directory or checkpoint; a run directory's own checkpoint goes first."""
+    """Start a new run from the weights of this run directory or checkpoint; the run's own checkpoint goes first."""
 
     def __post_init__(self) -> None:
         _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; expected >= 1")
@@ -335,3 +331,21 @@ class TokenizeConfig:
     def __post_init__(self) -> None:
         _require(self.workers >= 1, f"workers is {self.workers}; expected >= 1")
         _require(self.vocab_size >= 257, f"vocab_size is {self.vocab_size}; expected >= 257 (256 bytes and the EOD)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Run directories -> plots and one table, the runs side by side."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run directories, each with its metrics.jsonl."""
+    output: str | None = None
+    """Folder for the plots and the table; null for plots/ in the run directory, when there is just one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What is installed and built, what is missing, what that costs."""
+
+    json: bool = False
+    """Print one JSON object a line, for a script to read."""
