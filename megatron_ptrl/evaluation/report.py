@@ -1,0 +1,263 @@
+"""Run directories -> plots laid over each other, and one table side by side.
+
+    metrics.jsonl  --read_metrics-->  RunMetrics  --draw_plots-->  loss.png, ce.png, ...
+                                                  --summary_table-->  a Markdown table, a column per run
+
+Everything is drawn over consumed tokens, so that runs with different batch sizes compare at equal data.
+"""
+
+import bisect
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from megatron_ptrl.config import ReportConfig
+from megatron_ptrl.errors import InputError
+from megatron_ptrl.evaluation.metrics import RunMetrics, is_finite, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One pair of axes: which training key, which held-out key, in which unit."""
+
+    key: str
+    label: str
+    valid_key: str | None = None
+    smooth: bool = True
+    from_zero: bool = False
+    large: bool = False
+    """Write 12000 as 12 k."""
+
+
+_PLOTS: dict[str, tuple[_Panel, ...]] = {
+    "loss": (_Panel("loss", "shaped loss (nats per token)", "valid_loss"),),
+    "ce": (_Panel("ce", "cross entropy (nats per token)", "valid_ce"),),
+    "entropy": (_Panel("entropy", "entropy (nats per token)", "valid_entropy"),),
+    "target_probability": (_Panel("target_probability", "probability of the target", "valid_target_probability"),),
+    "head_tail_mass": (
+        _Panel("head_mass", "probability mass of the head", "valid_head_mass"),
+        _Panel("tail_mass", "probability mass of the tail", "valid_tail_mass"),
+    ),
+    "grad_norm": (_Panel("grad_norm", "gradient norm before clipping", from_zero=True),),
+    "learning_rate": (_Panel("learning_rate", "learning rate", smooth=False),),
+    "throughput": (_Panel("tokens_per_second", "throughput (tokens per second)", from_zero=True, large=True),),
+}
+
+_SUMMARY = {
+    "loss": "loss",
+    "CE": "ce",
+    "entropy": "entropy",
+    "target probability": "target_probability",
+    "head mass": "head_mass",
+    "tail mass": "tail_mass",
+}
+"""Rows of the table that exist for training and held-out data, and their keys."""
+
+_SMOOTH_FROM = 50
+"""A shorter run is drawn as it is: each of its steps can be seen."""
+
+# Any, because matplotlib 3.11 types the keys one by one and 3.8 not at all.
+_STYLE: Any = {
+    "figure.dpi": 150,
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#888888",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+# Okabe and Ito's palette without its yellow, which is lost on white: told apart with any colour vision.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_LINES = ("-", "--", ":")
+_MARKER: dict[str, Any] = {"marker": "o", "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.8}
+
+
+def run(config: ReportConfig) -> None:
+    """Draw the plots of `config.runs`, write and print their table. Raises InputError as `read_metrics` does."""
+    if not config.runs:
+        raise InputError("no run directory was given; expected one or more: ptrl report RUN... --output DIR")
+    if config.output is None and len(config.runs) > 1:
+        raise InputError(f"{len(config.runs)} runs and no output folder; give one with --output DIR")
+    runs = [Path(name) for name in config.runs]
+    output = Path(config.output) if config.output is not None else runs[0] / "plots"
+    labelled = _read(runs)
+    table = _table(labelled)
+    plots = _draw_all(labelled, output)
+    (output / "summary.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    print(f"\n{len(plots)} plots and summary.md are in {output}")
+
+
+def draw_plots(runs: list[Path], output: Path) -> list[Path]:
+    """PNG files in `output`, one per quantity that at least one of `runs` has logged; returns their paths.
+
+    Raises InputError as `read_metrics` does, and when a run is given twice.
+    """
+    return _draw_all(_read(runs), output)
+
+
+def summary_table(runs: list[Path]) -> str:
+    """A Markdown table, a column per run: its last training step, its last evaluation, its best one.
+
+    `time` is the sum of the logged steps, `tokens/s` their median. A value that was not logged is a dash.
+    """
+    return _table(_read(runs))
+
+
+def _draw_all(labelled: dict[str, RunMetrics], output: Path) -> list[Path]:
+    from matplotlib import rc_context
+
+    unit = "consumed_tokens" if all(_has_tokens(metrics) for metrics in labelled.values()) else "step"
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    # rc_context and Figure, not pyplot: a training script's own figures and backend stay as they are.
+    with rc_context(_STYLE):
+        for name, panels in _PLOTS.items():
+            panels = tuple(p for p in panels if any(_drawable(metrics, p) for metrics in labelled.values()))
+            if panels:
+                path = output / f"{name}.png"
+                _draw(labelled, panels, unit).savefig(path, format="png")
+                written.append(path)
+    return written
+
+
+def _table(labelled: dict[str, RunMetrics]) -> str:
+    columns = [_summary(metrics) for metrics in labelled.values()]
+    rows = [["", *labelled], *([name, *(column[name] for column in columns)] for name in columns[0])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [f"| {' | '.join(_pad(cell, i, widths[i]) for i, cell in enumerate(row))} |" for row in rows]
+    rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _pad(cell: str, column: int, width: int) -> str:
+    return cell.ljust(width) if column == 0 else cell.rjust(width)
+
+
+def _read(runs: list[Path]) -> dict[str, RunMetrics]:
+    """The metrics by label: the directory's name, with as many parents as it needs to be the only one."""
+    paths = [run.resolve() for run in runs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise InputError(f"{runs[i]} was given twice; expected each run once")
+    return {_label(path, paths): read_metrics(run) for path, run in zip(paths, runs, strict=True)}
+
+
+def _label(path: Path, paths: list[Path]) -> str:
+    depth = 1
+    while sum(other.parts[-depth:] == path.parts[-depth:] for other in paths) > 1:
+        depth += 1
+    return "/".join(path.parts[-depth:])
+
+
+def _has_tokens(metrics: RunMetrics) -> bool:
+    return bool(metrics.train) and all("consumed_tokens" in line for line in metrics.train)
+
+
+def _drawable(metrics: RunMetrics, panel: _Panel) -> bool:
+    return bool(metrics.series(panel.key, metrics.train)[0]) or bool(
+        panel.valid_key and metrics.series(panel.valid_key, metrics.valid)[0]
+    )
+
+
+def _tokens_at(metrics: RunMetrics, step: float) -> float:
+    """Consumed tokens when `step` was done: an evaluation line has only its step. Between logged steps, a line."""
+    points = [(0, 0), *((line["step"], line["consumed_tokens"]) for line in metrics.train)]
+    after = min(max(bisect.bisect_left(points, (step,)), 1), len(points) - 1)
+    (left, tokens), (right, more) = points[after - 1], points[after]
+    return tokens + (more - tokens) * (step - left) / max(right - left, 1)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Mean over a centred window of about a 25th of the run.
+
+    Centred, because a trailing average lags, and lags more in the run with the larger steps. Towards the ends the
+    window shrinks on both sides.
+    """
+    sums = list(accumulate(values, initial=0.0))
+    last = len(values) - 1
+    reaches = [min(i, last - i, len(values) // 50) for i in range(len(values))]
+    return [(sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1) for i, reach in enumerate(reaches)]
+
+
+def _draw(labelled: dict[str, RunMetrics], panels: tuple[_Panel, ...], unit: str) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
+
+    looks: list[dict[str, Any]] = [
+        {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[i // len(_COLOURS) % len(_LINES)]}
+        for i in range(len(labelled))
+    ]
+    figure = Figure(figsize=(7.2 * len(panels), 4.6), layout="constrained")
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        for look, metrics in zip(looks, labelled.values(), strict=True):
+            _draw_run(axes, metrics, panel, unit, look)
+        axes.set_xlabel("consumed tokens" if unit == "consumed_tokens" else "step")
+        axes.set_ylabel(panel.label)
+        axes.xaxis.set_major_formatter(EngFormatter())
+        if panel.from_zero:
+            axes.set_ylim(bottom=0)
+        if panel.large:
+            axes.yaxis.set_major_formatter(EngFormatter())
+
+    handles = [Line2D([], [], linewidth=1.8, label=label, **look) for label, look in zip(labelled, looks, strict=True)]
+    if any(panel.smooth and len(metrics.train) > _SMOOTH_FROM for panel in panels for metrics in labelled.values()):
+        handles.append(Line2D([], [], color="#888888", alpha=0.5, linewidth=1, label="every step"))
+    if any(panel.valid_key and metrics.valid for panel in panels for metrics in labelled.values()):
+        handles.append(Line2D([], [], color="#888888", linestyle="none", label="held out", **_MARKER))
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, 110 * len(panels) // (widest + 10))  # the width of the figure in letters
+    # Outside the axes, so that it never covers a curve.
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), columns))
+    return figure
+
+
+def _draw_run(axes: "Axes", metrics: RunMetrics, panel: _Panel, unit: str, look: dict[str, Any]) -> None:
+    def place(steps: list[int]) -> list[float]:
+        return [_tokens_at(metrics, step) for step in steps] if unit == "consumed_tokens" else list(steps)
+
+    steps, values = metrics.series(panel.key, metrics.train)
+    smooth = panel.smooth and len(values) > _SMOOTH_FROM
+    if smooth:
+        axes.plot(place(steps), values, color=look["color"], linewidth=0.8, alpha=0.25)
+    axes.plot(place(steps), _smooth(values) if smooth else values, linewidth=1.8, **look)
+    if panel.valid_key:
+        steps, values = metrics.series(panel.valid_key, metrics.valid)
+        axes.plot(place(steps), values, color=look["color"], linestyle="none", zorder=3, **_MARKER)
+
+
+def _summary(metrics: RunMetrics) -> dict[str, str]:
+    train = metrics.train[-1] if metrics.train else {}
+    valid = metrics.valid[-1] if metrics.valid else {}
+    rates, seconds = (metrics.series(key, metrics.train)[1] for key in ("tokens_per_second", "step_seconds"))
+    _, held_out = metrics.series("valid_ce", metrics.valid)
+    column = {
+        "steps": _text(train.get("step"), "{:,.0f}"),
+        "consumed tokens": _text(train.get("consumed_tokens"), "{:,.0f}"),
+        "time (s)": _text(sum(seconds) if seconds else None, "{:,.1f}"),
+        "tokens/s": _text(median(rates) if rates else None, "{:,.0f}"),
+    }
+    for name, key in _SUMMARY.items():
+        column[f"train {name}"] = _text(train.get(key))
+    column["held-out step"] = _text(valid.get("step"), "{:,.0f}")
+    for name, key in _SUMMARY.items():
+        column[f"held-out {name}"] = _text(valid.get(f"valid_{key}"))
+    column["held-out perplexity"] = _text(valid.get("valid_perplexity"))
+    column["best held-out CE"] = _text(min(held_out, default=None))
+    return column
+
+
+def _text(value: Any, form: str = "{:.4f}") -> str:
+    return form.format(value) if is_finite(value) else "-"
