@@ -40,6 +40,7 @@ bench: .venv/.ready ## Measure the loss and a training step on this machine
 	@$(BIN)/python benchmarks/training.py
 
 # torch goes first: without build isolation the kernels compile against the very torch they will be loaded into.
+# The old kernels go first, because a build that fails is no error to pip and would leave them behind.
 # The stamps are written last, so an interrupted set-up starts over and finds what pip had finished.
 define set_up
 @$(PYTHON) -c 'import sys; sys.exit(f"$(PYTHON) is Python {sys.version.split()[0]}; expected 3.10 or newer, set PYTHON" if sys.version_info < (3, 10) else 0)'
@@ -50,7 +51,10 @@ define set_up
 @echo "[2/3] installing torch (the first time: minutes)"
 @$(INSTALL) torch setuptools wheel ninja
 @echo "[3/3] installing the rest, building the kernels"
+@rm -f megatron_ptrl/_C.so
 @$(INSTALL) --no-build-isolation -e '.$(1)'
+@test -e megatron_ptrl/_C.so || echo "      the kernels did not build, so the loss will run in plain torch, slower;" \
+	"to see why: $(BIN)/python -m pip install -v --no-deps --no-build-isolation -e ."
 endef
 
 .venv/.ready: $(SOURCES)

@@ -7,6 +7,7 @@ Everything is drawn over consumed tokens, so that runs with different batch size
 """
 
 import bisect
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -162,7 +163,7 @@ def _label(path: Path, paths: list[Path]) -> str:
 
 
 def _has_tokens(metrics: RunMetrics) -> bool:
-    return bool(metrics.train) and all("consumed_tokens" in line for line in metrics.train)
+    return bool(metrics.train) and all(is_finite(line.get("consumed_tokens")) for line in metrics.train)
 
 
 def _drawable(metrics: RunMetrics, panel: _Panel) -> bool:
@@ -200,7 +201,15 @@ def _draw(labelled: dict[str, RunMetrics], panels: tuple[_Panel, ...], unit: str
         {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[i // len(_COLOURS) % len(_LINES)]}
         for i in range(len(labelled))
     ]
-    figure = Figure(figsize=(7.2 * len(panels), 4.6), layout="constrained")
+    handles = [Line2D([], [], linewidth=1.8, label=label, **look) for label, look in zip(labelled, looks, strict=True)]
+    if any(panel.smooth and len(metrics.train) > _SMOOTH_FROM for panel in panels for metrics in labelled.values()):
+        handles.append(Line2D([], [], color="#888888", alpha=0.5, linewidth=1, label="every step"))
+    if any(panel.valid_key and metrics.valid for panel in panels for metrics in labelled.values()):
+        handles.append(Line2D([], [], color="#888888", linestyle="none", label="held out", **_MARKER))
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    columns = min(len(handles), max(1, 110 * len(panels) // (widest + 10)))  # the figure is about 110 letters wide
+
+    figure = Figure(figsize=(7.2 * len(panels), 4.2 + 0.2 * math.ceil(len(handles) / columns)), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         for look, metrics in zip(looks, labelled.values(), strict=True):
             _draw_run(axes, metrics, panel, unit, look)
@@ -211,16 +220,8 @@ def _draw(labelled: dict[str, RunMetrics], panels: tuple[_Panel, ...], unit: str
             axes.set_ylim(bottom=0)
         if panel.large:
             axes.yaxis.set_major_formatter(EngFormatter())
-
-    handles = [Line2D([], [], linewidth=1.8, label=label, **look) for label, look in zip(labelled, looks, strict=True)]
-    if any(panel.smooth and len(metrics.train) > _SMOOTH_FROM for panel in panels for metrics in labelled.values()):
-        handles.append(Line2D([], [], color="#888888", alpha=0.5, linewidth=1, label="every step"))
-    if any(panel.valid_key and metrics.valid for panel in panels for metrics in labelled.values()):
-        handles.append(Line2D([], [], color="#888888", linestyle="none", label="held out", **_MARKER))
-    widest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, 110 * len(panels) // (widest + 10))  # the width of the figure in letters
     # Outside the axes, so that it never covers a curve.
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), columns))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
     return figure
 
 
