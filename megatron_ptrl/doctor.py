@@ -1,0 +1,239 @@
+"""What is installed and built here, what is missing, what that costs and which command brings it.
+
+Every check imports what it reports on, because an installed package with a broken library is as good as missing.
+"""
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+from megatron_ptrl.config import DoctorConfig
+from megatron_ptrl.errors import InputError
+
+TESTED_MEGATRON_CORE = ("0.16.1",)
+
+# What a package built for another torch, CUDA or numpy raises while it is imported.
+_BROKEN_IMPORT = (ImportError, OSError, RuntimeError, AttributeError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    name: str
+    present: bool
+    detail: str
+    """Version and state, or why it is not there."""
+    cost: str = ""
+    """What is lost without it."""
+    fix: str = ""
+    """The command that brings it."""
+    required: bool = False
+
+
+def run(config: DoctorConfig) -> None:
+    """Print every finding. Raises InputError when something is missing that no stage can do without."""
+    findings = examine()
+    if config.json:
+        print("\n".join(json.dumps(asdict(finding)) for finding in findings))
+    else:
+        print(render(findings))
+    missing = [finding for finding in findings if finding.required and not finding.present]
+    if missing:
+        names = ", ".join(finding.name for finding in missing)
+        raise InputError(f"required and missing: {names}; each line above names the command that brings it")
+
+
+def render(findings: list[Finding]) -> str:
+    """One aligned line a finding; what is missing says what that costs and how to get it."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        mark = "ok" if finding.present else "MISSING" if finding.required else "-"
+        cost = f"; without it: {finding.cost}" if finding.cost else ""
+        fix = f"; get it: {finding.fix}" if finding.fix else ""
+        lines.append(f"{mark:7}  {finding.name:{width}}  {finding.detail}{cost}{fix}")
+    return "\n".join(lines)
+
+
+def examine() -> list[Finding]:
+    """Every finding, in the order they are printed. Takes some seconds: it imports what it reports on."""
+    return [*_machine(), *_torch(), *_compilers(), _megatron_core(), _kernels(), *_packages(), _nltk()]
+
+
+def _machine() -> Iterator[Finding]:
+    yield Finding(name="python", present=True, detail=f"{platform.python_version()} ({sys.executable})")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding(name="cores", present=True, detail=f"{usable} usable of {os.cpu_count()}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield Finding(name="memory", present=True, detail=f"{memory:.1f} GiB")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    detail = threads or "not set: torch takes every core, and torchrun sets 1 for each rank when it starts several"
+    yield Finding(name="OMP_NUM_THREADS", present=True, detail=detail)
+
+
+def _torch() -> Iterator[Finding]:
+    torch = _import("torch")
+    if isinstance(torch, str):
+        yield Finding(name="torch", present=False, detail=torch, required=True, fix="pip install torch")
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    yield Finding(name="torch", present=True, detail=f"{torch.__version__}, {build}", required=True)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if gpus:
+        detail = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
+        yield Finding(name="GPUs", present=True, detail=detail)
+        return
+    driver = shutil.which("nvidia-smi") is not None
+    yield Finding(
+        name="GPUs",
+        present=False,
+        detail="none that torch sees, although there is an NVIDIA driver" if driver else "none",
+        cost="training runs on the CPU over gloo: right for small models and tests, slow for others",
+        fix="install a CUDA build of torch" if driver and not torch.version.cuda else "",
+    )
+
+
+def _compilers() -> Iterator[Finding]:
+    compiler = os.environ.get("CXX") or "c++"
+    yield _program(
+        "C++ compiler",
+        compiler,
+        cost="the kernels cannot be built",
+        fix="apt-get install g++, or set CXX",
+    )
+    cuda_home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    found = shutil.which("nvcc") or os.path.join(cuda_home, "bin", "nvcc")
+    yield _program(
+        "nvcc",
+        found,
+        cost="the CUDA kernels cannot be built, on a GPU the loss runs in plain torch",
+        fix="install the CUDA toolkit of torch's CUDA version and set CUDA_HOME",
+    )
+
+
+def _program(name: str, command: str, *, cost: str, fix: str) -> Finding:
+    path = shutil.which(command)
+    if path is None:
+        return Finding(name=name, present=False, detail=f"{command} is not there", cost=cost, fix=fix)
+    answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    lines = (answer.stdout or answer.stderr).strip().splitlines()
+    stated = next((line for line in lines if "release" in line), lines[0] if lines else "gives no version")
+    return Finding(name=name, present=True, detail=f"{stated} ({path})")
+
+
+def _megatron_core() -> Finding:
+    fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE[-1]}"
+    megatron = _import("megatron.core")
+    if isinstance(megatron, str):
+        return Finding(name="megatron-core", present=False, detail=megatron, required=True, fix=fix)
+    tested = megatron.__version__ in TESTED_MEGATRON_CORE
+    detail = megatron.__version__ + ("" if tested else f", not tested here: {', '.join(TESTED_MEGATRON_CORE)} is")
+    return Finding(name="megatron-core", present=True, detail=detail, required=True, fix="" if tested else fix)
+
+
+def _kernels() -> Finding:
+    cost = "the losses run in torch operators, slower and with more memory"
+    fix = "pip install --no-build-isolation -e . (in the source tree, with a C++ compiler)"
+    ops = _import("megatron_ptrl.ops")
+    if isinstance(ops, str):
+        return Finding(name="kernels", present=False, detail=ops, cost=cost, fix=fix)
+    if os.environ.get("MEGATRON_PTRL_KERNELS") == "0":
+        detail, fix = "turned off by MEGATRON_PTRL_KERNELS=0", "unset MEGATRON_PTRL_KERNELS"
+        return Finding(name="kernels", present=False, detail=detail, cost=cost, fix=fix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the line below says the same
+        loaded = ops.load_kernels()
+    if not loaded:
+        detail = f"{ops.LIBRARY} does not load" if ops.LIBRARY.exists() else f"{ops.LIBRARY.name} was not built"
+        return Finding(name="kernels", present=False, detail=detail, cost=cost, fix=fix)
+    serves = importlib.import_module("torch")._C._dispatch_has_kernel_for_dispatch_key
+    devices = [device for device in ("CPU", "CUDA") if serves("megatron_ptrl::reward_shaped_ce_stats", device)]
+    return Finding(name="kernels", present=True, detail=f"{ops.LIBRARY.name} loads, for {' and '.join(devices)}")
+
+
+def _packages() -> Iterator[Finding]:
+    yield _package(
+        "transformer-engine",
+        "transformer_engine.pytorch",
+        cost="layers run unfused, no context parallelism, no FP8",
+        fix="pip install --no-build-isolation 'transformer-engine[pytorch]' (needs a GPU and nvcc)",
+    )
+    yield _package(
+        "apex",
+        "apex",
+        cost="the optimizer and gradient clipping are unfused, unless transformer-engine is there",
+        fix="build NVIDIA/apex from source, with --cpp_ext --cuda_ext",
+    )
+    yield _package(
+        "flash-attn",
+        "flash_attn",
+        cost="transformer-engine takes cuDNN's fused attention instead",
+        fix="pip install --no-build-isolation flash-attn (needs a GPU and nvcc)",
+    )
+    for name, cost in (
+        ("numpy", "no data set can be read"),
+        ("tokenizers", "no training and no reading of a tokenizer"),
+        ("jsonargparse", "no command line"),
+        ("tqdm", "no progress bars"),
+        ("psutil", "Megatron-Core cannot save checkpoints"),
+    ):
+        yield _package(name, cost=cost, fix=f"pip install {name}", required=True)
+    for name, cost, fix in (
+        ("matplotlib", "no plots", "pip install matplotlib"),
+        ("tensorboard", "no event files, log.tensorboard has no effect", "pip install tensorboard"),
+        ("pyarrow", "no Parquet input", "pip install pyarrow"),
+        ("zstandard", "no .zst input", "pip install zstandard"),
+        ("wandb", "log.wandb_project cannot be used", "pip install wandb"),
+    ):
+        yield _package(name, cost=cost, fix=fix)
+
+
+def _package(name: str, module: str | None = None, *, cost: str, fix: str, required: bool = False) -> Finding:
+    found = _import(module or name)
+    if isinstance(found, str):
+        return Finding(name=name, present=False, detail=found, cost=cost, fix=fix, required=required)
+    return Finding(name=name, present=True, detail=_version(name, found), required=required)
+
+
+def _nltk() -> Finding:
+    cost = "no sentence segmentation for RLPT's prompts"
+    nltk = _import("nltk")
+    if isinstance(nltk, str):
+        fix = "pip install nltk && python -m nltk.downloader punkt_tab"
+        return Finding(name="nltk punkt_tab", present=False, detail=nltk, cost=cost, fix=fix)
+    try:
+        where = nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        detail, fix = f"nltk {nltk.__version__} without its data", "python -m nltk.downloader punkt_tab"
+        return Finding(name="nltk punkt_tab", present=False, detail=detail, cost=cost, fix=fix)
+    return Finding(name="nltk punkt_tab", present=True, detail=f"nltk {nltk.__version__}, data in {where}")
+
+
+def _import(name: str) -> ModuleType | str:
+    """The module, or in one line why it cannot be had."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        absent = error.name is not None and (name == error.name or name.startswith(error.name + "."))
+        return "not installed" if absent else f"broken: {error}"
+    except _BROKEN_IMPORT as error:
+        return f"broken: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _version(distribution: str, module: ModuleType) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return getattr(module, "__version__", "version unknown")

@@ -1,0 +1,100 @@
+"""The doctor names everything, survives broken packages, and fails only for what is required."""
+
+import importlib
+import json
+import sys
+
+import pytest
+
+from megatron_ptrl import doctor, ops
+from megatron_ptrl.config import DoctorConfig
+from megatron_ptrl.errors import InputError
+
+NAMES = {
+    *("python", "cores", "memory", "OMP_NUM_THREADS", "torch", "GPUs", "C++ compiler", "nvcc", "megatron-core"),
+    *("kernels", "transformer-engine", "apex", "flash-attn", "numpy", "tokenizers", "jsonargparse", "tqdm", "psutil"),
+    *("matplotlib", "tensorboard", "pyarrow", "zstandard", "wandb", "nltk punkt_tab"),
+}
+
+
+def by_name() -> dict[str, doctor.Finding]:
+    return {finding.name: finding for finding in doctor.examine()}
+
+
+def test_every_item_is_named_and_what_is_missing_has_its_price():
+    findings = by_name()
+    assert set(findings) == NAMES
+    assert [f.name for f in findings.values() if not f.present and not f.cost] == []
+    lines = doctor.render(list(findings.values())).splitlines()
+    assert len(lines) == len(NAMES)
+    assert len({line.index(f.detail) for line, f in zip(lines, findings.values(), strict=True)}) == 1
+
+
+def test_missing_optional_package_tells_cost_and_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    doctor.run(DoctorConfig())
+    line = next(line for line in capsys.readouterr().out.splitlines() if "pyarrow" in line)
+    assert line.startswith("- ")
+    assert "not installed; without it: no Parquet input; get it: pip install pyarrow" in line
+
+
+def test_missing_required_package_is_an_error(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(InputError, match="required and missing: tokenizers"):
+        doctor.run(DoctorConfig())
+    assert "MISSING  tokenizers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libcudart.so.12: cannot open shared object file"),
+        ModuleNotFoundError("No module named 'einops'", name="einops"),
+        OSError("undefined symbol: cudnnCreate"),
+        RuntimeError("no driver"),
+    ],
+)
+def test_broken_package_is_reported_with_its_message(monkeypatch, error):
+    real = importlib.import_module
+
+    def broken(name, *rest):
+        if name == "flash_attn":
+            raise error
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    finding = next(finding for finding in doctor._packages() if finding.name == "flash-attn")
+    assert not finding.present
+    assert finding.detail.startswith("broken: ") and str(error) in finding.detail
+
+
+def test_untested_megatron_core_is_said(monkeypatch):
+    import megatron.core
+
+    monkeypatch.setattr(megatron.core, "__version__", "0.99.0")
+    finding = doctor._megatron_core()
+    assert finding.present
+    assert finding.detail == "0.99.0, not tested here: 0.16.1 is"
+
+
+def test_missing_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    finding = next(finding for finding in doctor._compilers() if finding.name == "C++ compiler")
+    assert not finding.present
+    assert finding.detail == "no-such-compiler is not there"
+
+
+def test_kernels_that_are_not_there_or_turned_off(monkeypatch, tmp_path):
+    monkeypatch.delenv("MEGATRON_PTRL_KERNELS", raising=False)
+    monkeypatch.setattr(ops, "load_kernels", lambda: False)
+    monkeypatch.setattr(ops, "LIBRARY", tmp_path / "_C.so")
+    assert doctor._kernels().detail == "_C.so was not built"
+    (tmp_path / "_C.so").touch()
+    assert "does not load" in doctor._kernels().detail
+    monkeypatch.setenv("MEGATRON_PTRL_KERNELS", "0")
+    assert doctor._kernels().fix == "unset MEGATRON_PTRL_KERNELS"
+
+
+def test_json_is_one_object_a_line(capsys):
+    doctor.run(DoctorConfig(json=True))
+    assert {json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()} == NAMES
