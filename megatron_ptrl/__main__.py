@@ -1,0 +1,67 @@
+"""`ptrl STAGE`, `python -m megatron_ptrl STAGE`, `torchrun ... -m megatron_ptrl STAGE`."""
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+from megatron_ptrl.errors import InputError
+
+
+@dataclass(frozen=True)
+class _Stage:
+    module: str
+    config: str
+    help: str
+    positional: str | None = None
+    """Config field that bare arguments go to."""
+    trains: bool = False
+    """Whether it imports Megatron-Core and may have to do without CUDA."""
+
+
+_STAGES = {
+    "doctor": _Stage("megatron_ptrl.doctor", "DoctorConfig", "what is installed and built, and what is missing"),
+    "tokenize": _Stage(
+        "megatron_ptrl.data.tokenize_stage", "TokenizeConfig", "text, JSONL or Parquet -> tokenizer, .bin/.idx"
+    ),
+    "pretrain": _Stage(
+        "megatron_ptrl.training.pretrain", "PretrainConfig", ".bin/.idx -> checkpoints, metrics, plots", trains=True
+    ),
+    "report": _Stage(
+        "megatron_ptrl.evaluation.report", "ReportConfig", "run directories -> plots and a table", positional="runs"
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage; returns the exit code: 0, or 2 after bad input, which is told in one line."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    name, rest = words[0], words[1:]
+    stage = _STAGES.get(name)
+    try:
+        if stage is None:
+            raise InputError(f"there is no stage {name}; expected one of {', '.join(_STAGES)}")
+        if stage.trains:
+            from megatron_ptrl.training import host
+
+            host.install_if_no_cuda()
+        from megatron_ptrl import config
+        from megatron_ptrl.cli import parse
+
+        settings = parse(getattr(config, stage.config), rest, prog=f"ptrl {name}", positional=stage.positional)
+        importlib.import_module(stage.module).run(settings)
+    except InputError as error:
+        print(f"ptrl {name}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {stage.help}" for name, stage in _STAGES.items()]
+    return "\n".join(["usage: ptrl STAGE [--config FILE] [--field value ...]", "", *lines, "", "ptrl STAGE --help"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

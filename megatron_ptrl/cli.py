@@ -1,0 +1,139 @@
+"""argv and YAML -> a stage's config dataclass. jsonargparse does the parsing; this file names the nearest field.
+
+`--config FILE` reads YAML, any field is a dotted flag (`--loss.beta -0.25`), `--print_config` prints the whole.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import typing
+from argparse import SUPPRESS
+from typing import Any
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from megatron_ptrl.config import ModelConfig, PretrainConfig
+from megatron_ptrl.errors import InputError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_UNKNOWN_KEY = re.compile(
+    r"(?:Group '(?P<group>[\w.]+)' does not accept )?(?:Key|[Oo]ption|Nested key) '(?P<key>[\w.]+)'"
+    r"|[Uu]nrecognized arguments: --(?P<flag>[\w.]+)"
+)
+
+
+class _Parser(ArgumentParser):
+    """Raises instead of printing the usage: a wrong key gets one line, like every other bad input."""
+
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        raise InputError(" ".join(message.split()))
+
+
+def parse(config_class: type, argv: list[str], *, prog: str, positional: str | None = None) -> Any:
+    """`config_class` filled from flags and YAML; `positional` is the list field that bare arguments go to.
+
+    Raises InputError for a key that does not exist (naming the nearest one) or a value of the wrong type.
+    """
+    flags, bare = (argv, []) if positional is None else _split_bare(argv)
+    flags = _join_lists(flags, _list_fields(config_class))
+    parser = _Parser(prog=prog, description=config_class.__doc__, exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    parser.add_class_arguments(_with_megatron_fields(config_class), None, as_group=True)
+    _hide_undocumented(parser)
+    fields = [action.dest for action in parser._actions]
+    try:
+        values = parser.parse_args(flags)
+        config = parser.instantiate_classes(values)
+    except InputError as error:
+        raise InputError(_name_nearest(str(error), fields)) from None
+    settings = {key: value for key, value in vars(config).items() if key in _field_names(config_class)}
+    if bare:
+        settings[typing.cast(str, positional)] = bare
+    return config_class(**settings)
+
+
+def _split_bare(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Leading arguments that are not flags, and the rest."""
+    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return argv[first_flag:], argv[:first_flag]
+
+
+def _list_fields(config_class: type, prefix: str = "") -> set[str]:
+    """Dotted names of the fields that hold a list."""
+    found = set()
+    for name, hint in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint):
+            found |= _list_fields(typing.cast(type, hint), f"{prefix}{name}.")
+        elif "list[" in str(hint):
+            found.add(prefix + name)
+    return found
+
+
+def _join_lists(argv: list[str], list_fields: set[str]) -> list[str]:
+    """`--input A B` -> `--input=["A", "B"]`, the form that jsonargparse takes for a list."""
+    joined: list[str] = []
+    words = iter(argv)
+    held: list[str] | None = None
+    for word in words:
+        if word.startswith("--"):
+            if held is not None:
+                joined[-1] += json.dumps(held)
+            held = [] if word[2:] in list_fields else None
+            joined.append(word + "=" if held is not None else word)
+        elif held is not None and not word.startswith("["):
+            held.append(word)
+        elif held is not None:
+            joined[-1] += word
+            held = None
+        else:
+            joined.append(word)
+    if held is not None:
+        joined[-1] += json.dumps(held)
+    return joined
+
+
+def _field_names(config_class: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_class)}
+
+
+def _name_nearest(message: str, fields: list[str]) -> str:
+    found = _UNKNOWN_KEY.search(message)
+    if not found:
+        return message
+    key = ".".join(part for part in found.groups() if part)
+    known = fields + [f for name in fields for f in [name.rpartition(".")[2]] if f != name]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.6)
+    whole = next((f for f in fields if near and (f == near[0] or f.endswith("." + near[0]))), None)
+    hint = f"; the nearest field is {whole}" if whole else ""
+    return f"there is no configuration key {key}{hint}; --help lists them all"
+
+
+def _with_megatron_fields(config_class: type) -> type:
+    """`config_class`, its `model` extended by the fields of Megatron-Core's TransformerConfig that YAML can hold."""
+    if config_class is not PretrainConfig:
+        return config_class
+    from megatron_ptrl.training.mcore import transformer_fields
+
+    extra = [
+        (field.name, hint, dataclasses.field(default=field.default))
+        for field, hint in transformer_fields()
+        if field.name not in _field_names(ModelConfig)
+    ]
+    model = dataclasses.make_dataclass("ModelConfig", extra, bases=(ModelConfig,), frozen=True, kw_only=True)
+    model.__doc__ = ModelConfig.__doc__
+    replaced = ("model", model, dataclasses.field(default_factory=model))
+    return dataclasses.make_dataclass(
+        config_class.__name__, [replaced], bases=(config_class,), frozen=True, kw_only=True
+    )
+
+
+def _hide_undocumented(parser: ArgumentParser) -> None:
+    """Megatron-Core's own 200 fields work but are documented there; a help page with them hides ours."""
+    own = _field_names(ModelConfig)
+    for action in parser._actions:
+        group, _, name = action.dest.rpartition(".")
+        if group == "model" and name not in own:
+            action.help = SUPPRESS

@@ -1,0 +1,247 @@
+"""Weights, optimizer, schedule, random state and data position -> a checkpoint directory, and back, exactly.
+
+A checkpoint is written under a hidden name and renamed when every rank is done and `run.json`, which lists every file
+with its size, is on the disk. So a directory with a proper name is whole unless somebody cut a file later, and that
+is what `newest_whole` looks for. All ranks must see the same file system.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_ptrl.config import CheckpointConfig, ModelConfig
+from megatron_ptrl.errors import InputError
+from megatron_ptrl.training.mcore import unwrap
+from megatron_ptrl.training.optimizer import fill_adam_state, load_optimizer
+
+MANIFEST = "run.json"
+_NAME = re.compile(r"step_(\d{8})")
+# In this format the optimizer's state is stored by parameter, so that any other layout can load it.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest whole checkpoint of a directory, and why newer ones were passed over."""
+
+    path: Path | None
+    passed_over: list[str]
+
+
+def newest_whole(directory: Path) -> Found:
+    """The checkpoint with the highest step whose every file has the size that was written."""
+    passed_over = []
+    if _NAME.fullmatch(directory.name):
+        candidates = [directory]
+    else:
+        candidates = [p for p in directory.glob("step_*") if _NAME.fullmatch(p.name)]
+    for path in sorted(candidates, reverse=True):
+        defect = _defect(path)
+        if defect is None:
+            return Found(path, passed_over)
+        passed_over.append(f"{path}: {defect}")
+    return Found(None, passed_over)
+
+
+def _defect(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({error.__class__.__name__}); the checkpoint is not whole"
+    for name, size in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes of {size}"
+    return None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself: step, consumed_samples, model fields, vocab_size, layout, files."""
+    return json.loads((path / MANIFEST).read_text())
+
+
+def save(
+    directory: Path,
+    progress: Progress,
+    chunks: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    *,
+    keep: CheckpointConfig,
+    about: dict[str, Any],
+) -> Path:
+    """Write `directory/step_N`, drop the checkpoints that `keep` does not want, return the path.
+
+    about: JSON-able facts for the manifest (model fields, vocabulary, tokenizer).
+    Collective over all ranks. An existing whole checkpoint of this step is left as it is.
+    """
+    path = directory / f"step_{progress.step:08d}"
+    partial = directory / f".{path.name}.partial"
+    if _ask_rank_0(lambda: _defect(path) is None):
+        return path
+    if dist.get_rank() == 0:
+        for leftover in [path, *directory.glob(".step_*.partial")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = _sharded_state(chunks, optimizer, is_loading=False)
+    state["run"] = {**dataclasses.asdict(progress), "scheduler": scheduler.state_dict()}
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+        manifest = {**dataclasses.asdict(progress), **about, "layout": _layout(), "files": files}
+        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+        os.replace(partial, path)
+        _prune(directory, keep)
+    dist.barrier()
+    return path
+
+
+def load(path: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple[Progress, bool]:
+    """Restore everything from a whole checkpoint; returns the progress and whether the random state came along.
+
+    Under another layout than the one that saved it, weights, optimizer and schedule are restored and the random state
+    (dropout) starts anew. Collective over all ranks.
+    """
+    same_layout = read_manifest(path)["layout"] == _layout()
+    fill_adam_state(optimizer)
+    wanted = _sharded_state(chunks, optimizer, is_loading=True)
+    if not same_layout:
+        del wanted["random"]
+    state = dist_checkpointing.load(wanted, str(path))
+    _load_weights(chunks, state)
+    load_optimizer(optimizer, state["optimizer"])
+    scheduler.load_state_dict(state["run"]["scheduler"])
+    if same_layout:
+        _set_random_state(state["random"])
+    return Progress(state["run"]["step"], state["run"]["consumed_samples"]), same_layout
+
+
+def load_weights(path: Path, chunks: list[Any], optimizer: Any = None) -> None:
+    """Restore the weights alone, to start a new run from them. Collective over all ranks."""
+    _load_weights(chunks, dist_checkpointing.load(_sharded_weights(chunks), str(path)))
+    if optimizer is not None:
+        optimizer.reload_model_params()
+
+
+def check_same_model(path: Path, model: ModelConfig, vocab_size: int) -> None:
+    """InputError naming the first field in which the checkpoint's model differs from `model`."""
+    manifest = read_manifest(path)
+    saved = {**manifest["model"], "vocab_size": manifest["vocab_size"]}
+    mine = {**model_fields(model), "vocab_size": vocab_size}
+    for name in sorted(saved.keys() | mine.keys()):
+        if name in _ONLY_AT_THE_START:
+            continue
+        if saved.get(name) != mine.get(name):
+            raise InputError(
+                f"{path} holds a model with {name} {saved.get(name)}, this run has {mine.get(name)}; use the "
+                "checkpoint's value or another run_dir"
+            )
+
+
+_ONLY_AT_THE_START = {"init_method_std", "use_cpu_initialization", "hidden_dropout", "attention_dropout"}
+
+
+def model_fields(model: ModelConfig) -> dict[str, Any]:
+    """The fields that differ from their defaults or are our own, as JSON holds them."""
+    own = {field.name for field in dataclasses.fields(ModelConfig)}
+    return {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name in own or getattr(model, field.name) != field.default
+    }
+
+
+def _sharded_weights(chunks: list[Any]) -> dict[str, Any]:
+    return {
+        f"model{i}": unwrap(chunk).sharded_state_dict(prefix="", metadata=dict(_METADATA))
+        for i, chunk in enumerate(chunks)
+    }
+
+
+def _sharded_state(chunks: list[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    weights = _sharded_weights(chunks)
+    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_METADATA))
+    return {**weights, "optimizer": moments, "random": _sharded_random_state()}
+
+
+def _load_weights(chunks: list[Any], state: dict[str, Any]) -> None:
+    for i, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(state[f"model{i}"])
+
+
+def _sharded_random_state() -> ShardedObject:
+    pp, tp = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+    dp = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    shape = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    )
+    state = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return ShardedObject("random_state", state, shape, (pp, tp, dp))
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "world_size": dist.get_world_size(),
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "cp": parallel_state.get_context_parallel_world_size(),
+    }
+
+
+def _prune(directory: Path, keep: CheckpointConfig) -> None:
+    steps = sorted((int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)))
+    for step, path in steps[: -keep.keep_last]:
+        if not (keep.keep_every and step % keep.keep_every == 0):
+            shutil.rmtree(path)
+
+
+def _ask_rank_0(question: Any) -> Any:
+    answer = [question() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def find_on_rank_0(directory: Path) -> Found:
+    """`newest_whole`, decided by rank 0 for all. Collective."""
+    return _ask_rank_0(lambda: newest_whole(directory))
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

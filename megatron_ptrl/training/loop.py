@@ -1,0 +1,138 @@
+"""Batches -> Megatron's pipeline schedule -> sums over tokens -> one optimizer step, or an evaluation.
+
+Every figure is a sum over unmasked tokens until the last moment, so that it does not depend on how the global batch is
+cut into ranks and microbatches.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.training.mcore import RewardShapedGPTModel, unwrap
+
+Batches = Iterator[dict[str, Tensor]]
+
+_SUMS = ("num_tokens", "loss", "ce", "entropy", "target_probability", "head_mass", "tail_mass")
+
+
+def forward_step(batches: Batches, model: torch.nn.Module) -> tuple[Tensor, Any]:
+    """Megatron's forward step: next batch through this stage, and the function that makes a loss of its output."""
+    batch = {name: _to_device(tensor) for name, tensor in next(batches).items()}
+    if parallel_state.get_context_parallel_world_size() > 1:
+        batch = get_batch_on_this_cp_rank(batch)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(_loss_and_sums, batch["loss_mask"], unwrap(model))
+
+
+def _to_device(tensor: Tensor | None) -> Tensor | None:
+    return tensor.cuda(non_blocking=True) if tensor is not None and torch.cuda.is_available() else tensor
+
+
+def _loss_and_sums(loss_mask: Tensor, model: RewardShapedGPTModel, loss: Tensor) -> tuple[Tensor, Tensor, dict]:
+    """Megatron's triple: summed loss, number of unmasked tokens, and what the logs need, summed over tokens.
+
+    loss, loss_mask: (b, s)
+    """
+    total = (loss * loss_mask).sum()
+    num_tokens = loss_mask.sum().int()
+    sums = [num_tokens.float(), total.detach()]
+    if model.token_stats is None:
+        sums += [total.detach()] + [total.new_full((), math.nan)] * 4
+    else:
+        stats, mask = model.token_stats, loss_mask.t()
+        columns = (-stats.logprob, stats.entropy, stats.logprob.exp(), stats.head_mass, stats.tail_mass)
+        sums += [(column * mask).sum() for column in columns]
+        model.token_stats = None
+    # The schedule divides `total` in place afterwards; stack copies it.
+    return total, num_tokens, {"sums": torch.stack(sums)}
+
+
+def train_step(
+    config: PretrainConfig, chunks: list[Any], optimizer: MegatronOptimizer, batches: Batches, num_microbatches: int
+) -> dict[str, float]:
+    """One optimizer step. Returns means over the unmasked tokens of the global batch and the gradient's norm."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    reports = _run_schedule(config, chunks, batches, num_microbatches, forward_only=False)
+    _, grad_norm, _ = optimizer.step()
+    return {**_means(reports), "grad_norm": float(grad_norm)}
+
+
+@torch.no_grad()
+def evaluate(
+    config: PretrainConfig, chunks: list[Any], batches: Batches, num_microbatches: int
+) -> dict[str, float]:
+    """Means over the unmasked tokens of `num_microbatches` batches on each data-parallel rank."""
+    for chunk in chunks:
+        chunk.eval()
+    reports = _run_schedule(config, chunks, batches, num_microbatches, forward_only=True)
+    for chunk in chunks:
+        chunk.train()
+    return _means(reports)
+
+
+def _run_schedule(
+    config: PretrainConfig, chunks: list[Any], batches: Batches, num_microbatches: int, *, forward_only: bool
+) -> list[dict[str, Tensor]]:
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=_share(batches, len(chunks)),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=num_microbatches,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.train.micro_batch,
+        decoder_seq_length=config.data.seq_length,
+        forward_only=forward_only,
+    )
+
+
+def _share(batches: Batches, num_chunks: int) -> Any:
+    """Every model chunk walks the same microbatches at its own pace (interleaved schedule)."""
+    if num_chunks == 1:
+        return batches
+    waiting: list[list[dict[str, Tensor]]] = [[] for _ in range(num_chunks)]
+
+    def walk(mine: list[dict[str, Tensor]]) -> Batches:
+        while True:
+            if not mine:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                for queue in waiting:
+                    queue.append(batch)
+            yield mine.pop(0)
+
+    return [walk(queue) for queue in waiting]
+
+
+def _means(reports: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Sum over microbatches, data- and context-parallel ranks and from the last stage to all; then divide.
+
+    Cost: two all-reduces of 7 floats.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    zero = torch.zeros(len(_SUMS), device=device)
+    sums = torch.stack([report["sums"] for report in reports]).sum(0) if reports else zero
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    num_tokens, *totals = sums.tolist()
+    means = {name: total / max(num_tokens, 1.0) for name, total in zip(_SUMS[1:], totals, strict=True)}
+    known = {name: mean for name, mean in means.items() if name in ("loss", "ce") or not math.isnan(mean)}
+    return {"num_tokens": num_tokens, **known}

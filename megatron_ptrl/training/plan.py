@@ -1,0 +1,134 @@
+"""What a run would need, by arithmetic: parameters, memory of a rank, tokens, layout, schedule. Builds nothing."""
+
+from dataclasses import dataclass
+
+from megatron_ptrl.config import ModelConfig, PretrainConfig
+from megatron_ptrl.training.layout import Layout
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of the whole model, by where they live."""
+
+    embedding: int
+    head: int
+    """0 when tied to the embedding."""
+    per_layer_dense: int
+    """Of one layer, everything but the experts of a mixture."""
+    per_layer_experts: int
+    num_layers: int
+    num_moe_layers: int
+    final_norm: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        layers = self.num_layers * self.per_layer_dense + self.num_moe_layers * self.per_layer_experts
+        return self.embedding + self.head + layers + self.final_norm
+
+
+def count_parameters(model: ModelConfig, padded_vocab: int, ffn: int) -> ParameterCount:
+    """Parameters of the decoder (multi-token-prediction heads are not counted)."""
+    h = model.hidden_size
+    head_width = model.kv_channels or h // model.num_attention_heads
+    groups = model.num_query_groups or model.num_attention_heads
+    query, key_value = model.num_attention_heads * head_width, 2 * groups * head_width
+    norm = h if model.normalization == "RMSNorm" else 2 * h
+    attention = h * (query + key_value) + query * h
+    if model.add_bias_linear or model.add_qkv_bias:
+        attention += query + key_value
+    attention += h if model.add_bias_linear else 0
+    attention += 2 * head_width if model.qk_layernorm else 0
+    experts = getattr(model, "num_moe_experts", None)
+    moe_layers = _moe_layers(model) if experts else 0
+    dense_mlp = _mlp(model, ffn)
+    dense = attention + 2 * norm + dense_mlp
+    expert_part = 0
+    if experts:
+        expert_ffn = getattr(model, "moe_ffn_hidden_size", None) or ffn
+        shared = getattr(model, "moe_shared_expert_intermediate_size", None)
+        expert_part = experts * _mlp(model, expert_ffn) + experts * h + (_mlp(model, shared) if shared else 0)
+        expert_part -= dense_mlp
+    return ParameterCount(
+        embedding=padded_vocab * h,
+        head=0 if model.share_embeddings_and_output_weights else padded_vocab * h,
+        per_layer_dense=dense,
+        per_layer_experts=expert_part,
+        num_layers=model.num_layers,
+        num_moe_layers=moe_layers,
+        final_norm=norm,
+    )
+
+
+def _mlp(model: ModelConfig, ffn: int) -> int:
+    up = 2 * ffn if model.gated_linear_unit else ffn
+    biases = up + model.hidden_size if model.add_bias_linear else 0
+    return model.hidden_size * (up + ffn) + biases
+
+
+def _moe_layers(model: ModelConfig) -> int:
+    frequency = getattr(model, "moe_layer_freq", 1)
+    if isinstance(frequency, list):
+        return sum(frequency)
+    return -(-model.num_layers // frequency)
+
+
+def memory_per_rank(config: PretrainConfig, layout: Layout, count: ParameterCount, padded_vocab: int) -> dict[str, float]:
+    """Bytes on the fullest rank (first or last stage): weights, gradients, optimizer, activations, logits.
+
+    Activations by the 34 s b h bytes a layer of bf16 of arXiv:2205.05198 without the s^2 terms, which torch's and
+    Transformer Engine's attention do not store; the first stage holds `pp` microbatches of its layers.
+    """
+    parallel, model = config.parallel, config.model
+    stage_layers = count.num_layers / parallel.pp
+    moe_layers = count.num_moe_layers / parallel.pp
+    layers = stage_layers * count.per_layer_dense + moe_layers * count.per_layer_experts / parallel.ep
+    mine = (layers + max(count.embedding, count.head) + count.final_norm) / parallel.tp
+    if parallel.pp == 1 and count.head:
+        mine += count.head / parallel.tp
+    bf16 = config.train.precision == "bf16"
+    sharing = layout.dp * parallel.cp if parallel.distributed_optimizer else 1
+    tokens = config.train.micro_batch * config.data.seq_length / parallel.cp
+    width = 34 if bf16 else 68
+    split = parallel.tp if parallel.sequence_parallel else 1
+    replicated = 10 * (width / 34) * (1 - 1 / parallel.tp) if split == 1 else 0
+    per_token_layer = (width / parallel.tp + replicated) * model.hidden_size
+    logits = tokens * padded_vocab / parallel.tp * (2 if bf16 else 4)
+    return {
+        "weights": mine * (2 if bf16 else 4),
+        "gradients": mine * 4,
+        "optimizer": mine * (12 if bf16 else 8) / sharing,
+        "activations": tokens * per_token_layer * stage_layers * min(parallel.pp, layout.num_microbatches),
+        "logits": logits,
+    }
+
+
+def describe(config: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int, data_tokens: int | None) -> str:
+    """The dry run's text."""
+    parallel, train = config.parallel, config.train
+    count = count_parameters(config.model, padded_vocab, ffn)
+    memory = memory_per_rank(config, layout, count, padded_vocab)
+    step_tokens = train.global_batch * config.data.seq_length
+    total = sum(memory.values())
+    epochs = f" = {train.steps * step_tokens / data_tokens:.2f} passes over the training text" if data_tokens else ""
+    stages = parallel.pp * (parallel.vpp or 1)
+    bubble = (parallel.pp - 1) / (layout.num_microbatches * (parallel.vpp or 1) + parallel.pp - 1)
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
+    rows = {
+        "parameters": f"{count.total:,} (embedding {count.embedding:,}, head {count.head:,})",
+        "vocabulary": f"{padded_vocab:,} after padding",
+        "ranks": f"{layout.world_size} = tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {layout.dp}, "
+        f"ep {parallel.ep}, sequence parallel {'on' if parallel.sequence_parallel else 'off'}",
+        "pipeline": f"{stages} chunks of {config.model.num_layers / stages:g} layers, "
+        f"{layout.num_microbatches} microbatches, bubble {bubble:.1%}",
+        "memory per rank": f"{total / GIB:.2f} GiB, estimated ({parts})",
+        "step": f"{train.global_batch} sequences x {config.data.seq_length} = {step_tokens:,} tokens, {train.precision}",
+        "run": f"{train.steps:,} steps, {train.steps * step_tokens:,} tokens{epochs}",
+        "schedule": f"{config.optimizer.schedule}, lr {config.optimizer.lr:g} -> {config.optimizer.min_lr:g}, "
+        f"warm-up {config.optimizer.warmup_steps} steps",
+        "loss": f"{config.loss.impl}, beta {config.loss.beta:g}, lambda_head {config.loss.lambda_head:g}, "
+        f"lambda_tail {config.loss.lambda_tail:g}, top_k {config.loss.top_k}",
+    }
+    return "\n".join(f"{name:<16} {text}" for name, text in rows.items())

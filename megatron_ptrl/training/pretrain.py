@@ -1,0 +1,335 @@
+"""`ptrl pretrain`: `.bin/.idx` -> a GPT trained with the reward-shaped cross entropy -> checkpoints, metrics, plots.
+
+    tokens --microbatches--> train_step --every so often--> evaluate, save --at the end--> summary, plots, a sample
+
+Run it alone or under torchrun; the same command continues a run that was stopped or killed.
+"""
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import parallel_state
+
+from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.data.batches import build_datasets, microbatches, unigram_cross_entropy
+from megatron_ptrl.data.indexed import resolve_tokenizer
+from megatron_ptrl.data.tokenizer import Tokenizer
+from megatron_ptrl.errors import InputError
+from megatron_ptrl.training import checkpoint, loop, mcore, plan
+from megatron_ptrl.training.checkpoint import Progress
+from megatron_ptrl.training.generate import generate
+from megatron_ptrl.training.layout import Layout, check_layout
+from megatron_ptrl.training.optimizer import build_optimizer, build_scheduler, check_schedule
+from megatron_ptrl.training.runlog import RunLog
+
+
+def run(config: PretrainConfig) -> None:
+    """Train as `config` says, from the newest whole checkpoint of `run_dir` where there is one."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if config.dry_run:
+        print(_dry_run(config, world_size))
+        return
+    layout = check_layout(config, world_size)
+    check_schedule(config)
+    if not config.data.train:
+        raise InputError("data.train is empty; expected the prefix of a .bin/.idx pair, as `ptrl tokenize` writes it")
+    if config.sample.tokens and getattr(config.model, "mtp_num_layers", None):
+        raise InputError("sample.tokens with model.mtp_num_layers: Megatron-Core gives no logits there; set sample.tokens 0")
+    tokenizer = resolve_tokenizer(config.data)
+    mcore.initialize(config)
+    try:
+        Pretraining(config, layout, tokenizer).run()
+    finally:
+        mcore.shutdown()
+
+
+def _dry_run(config: PretrainConfig, launched: int) -> str:
+    parallel = config.parallel
+    smallest = parallel.tp * parallel.pp * parallel.cp
+    layout = check_layout(config, config.dry_run_world_size or max(launched, smallest), has_transformer_engine=True)
+    check_schedule(config)
+    if not config.data.train:
+        raise InputError("data.train is empty; the dry run reads the vocabulary from its tokenizer")
+    tokenizer = resolve_tokenizer(config.data)
+    padded = mcore.padded_vocab_size(tokenizer.vocab_size, config.model, parallel.tp)
+    return plan.describe(config, layout, padded, mcore.ffn_size(config.model), data_tokens=None)
+
+
+@dataclass
+class Pretraining:
+    """One run on this rank: what it is made of, and the loop over its steps."""
+
+    config: PretrainConfig
+    layout: Layout
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        config, train = self.config, self.config.train
+        self.run_dir = Path(config.run_dir)
+        self.checkpoints = self.run_dir / "checkpoints"
+        self.train_data, self.valid_data = build_datasets(
+            config.data,
+            seed=train.seed,
+            train_samples=train.steps * train.global_batch,
+            valid_samples=train.eval_samples,
+            tokenizer=self.tokenizer,
+            cache=config.data.cache or str(self.run_dir / "data_cache"),
+        )
+        self.chunks = mcore.build_model(config, self.tokenizer.vocab_size)
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.scheduler = build_scheduler(config, self.optimizer)
+        self.signals = _Signals()
+        self.progress, notes = self._restore()
+        self.log = self._open_log()
+        for note in notes:
+            self.say(note)
+
+    def run(self) -> None:
+        """Train to the last step, or to a SIGTERM; then evaluate, save, summarise."""
+        config, start = self.config, time.perf_counter()
+        figures: dict[str, float] = {}
+        batches = self._batches()
+        stopped = False
+        while self.progress.step < config.train.steps and not stopped:
+            figures = self._step(batches)
+            step = self.progress.step
+            last = step == config.train.steps
+            if last or (config.train.eval_every and step % config.train.eval_every == 0):
+                self._evaluate()
+            save_now, stopped = self.signals.agree()
+            every = config.checkpoint.save_every
+            if last or save_now or stopped or (every and step % every == 0):
+                self._save()
+        if stopped:
+            self.say(f"SIGTERM: saved at step {self.progress.step}; the same command continues")
+        else:
+            self._finish(figures, time.perf_counter() - start)
+        if self.log:
+            self.log.close()
+
+    def say(self, text: str) -> None:
+        """A line in the log, from rank 0."""
+        if self.log:
+            self.log.say(text)
+
+    def _restore(self) -> tuple[Progress, list[str]]:
+        found = checkpoint.find_on_rank_0(self.checkpoints)
+        notes = [f"not loaded: {reason}" for reason in found.passed_over]
+        if found.path is not None:
+            checkpoint.check_same_model(found.path, self.config.model, self.tokenizer.vocab_size)
+            progress, whole = checkpoint.load(found.path, self.chunks, self.optimizer, self.scheduler)
+            notes.append(f"continuing from {found.path} (step {progress.step})")
+            if not whole:
+                notes.append("the layout differs from the one that saved it: the random state of dropout starts anew")
+            return progress, notes
+        source = self.config.checkpoint.load
+        if source is None:
+            return Progress(), notes
+        directory = Path(source)
+        if (directory / "checkpoints").is_dir():
+            directory = directory / "checkpoints"
+        found = checkpoint.find_on_rank_0(directory)
+        notes += [f"not loaded: {reason}" for reason in found.passed_over]
+        if found.path is None:
+            raise InputError(f"checkpoint.load is {source} and there is no whole checkpoint in it{_because(notes)}")
+        checkpoint.check_same_model(found.path, self.config.model, self.tokenizer.vocab_size)
+        checkpoint.load_weights(found.path, self.chunks, self.optimizer)
+        return Progress(), [*notes, f"starting from the weights of {found.path}"]
+
+    def _open_log(self) -> RunLog | None:
+        if dist.get_rank() != 0:
+            return None
+        return RunLog(
+            self.run_dir,
+            self.config.log,
+            first_step=self.progress.step,
+            last_step=self.config.train.steps,
+            settings=yaml.safe_dump(_plain(self.config), sort_keys=False),
+        )
+
+    def _batches(self) -> loop.Batches:
+        train = self.config.train
+        return microbatches(
+            self.train_data,
+            first_sample=self.progress.consumed_samples,
+            end_sample=train.steps * train.global_batch,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=self.layout.dp,
+        )
+
+    def _step(self, batches: loop.Batches) -> dict[str, float]:
+        config, start = self.config, time.perf_counter()
+        # The rate that this step uses; the scheduler then moves on to the next step's.
+        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        means = loop.train_step(config, self.chunks, self.optimizer, batches, self.layout.num_microbatches)
+        self.scheduler.step(increment=config.train.global_batch)
+        step = self.progress.step + 1
+        self.progress = Progress(step, self.progress.consumed_samples + config.train.global_batch)
+        if not all(math.isfinite(means[name]) for name in ("loss", "grad_norm")):
+            raise InputError(
+                f"step {step}: loss {means['loss']}, gradient norm {means['grad_norm']}; nothing was saved after the "
+                "last checkpoint. Lower optimizer.lr, lengthen warmup_steps or look at the data of this step"
+            )
+        seconds = time.perf_counter() - start
+        tokens = config.train.global_batch * config.data.seq_length
+        figures = {
+            "step": step,
+            "consumed_samples": self.progress.consumed_samples,
+            "consumed_tokens": self.progress.consumed_samples * config.data.seq_length,
+            **means,
+            "learning_rate": learning_rate,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        if self.log:
+            self.log.record(figures)
+            self.log.progress(figures)
+        return figures
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.valid_data is None:
+            return {}
+        train, dp = self.config.train, self.layout.dp
+        samples = len(self.valid_data)
+        rounds = -(-samples // (train.micro_batch * dp))
+        batches = microbatches(
+            self.valid_data,
+            first_sample=0,
+            end_sample=samples,
+            global_batch=rounds * train.micro_batch * dp,
+            micro_batch=train.micro_batch,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=dp,
+        )
+        means = loop.evaluate(self.config, self.chunks, batches, rounds)
+        figures = {f"valid_{name}": value for name, value in means.items()}
+        figures["valid_perplexity"] = math.exp(min(means["ce"], 700.0))
+        self._held_out = {"step": self.progress.step, **figures}
+        if self.log:
+            self.log.record(self._held_out)
+            self.say(
+                f"step {self.progress.step}: held-out ce {means['ce']:.4f}, perplexity {figures['valid_perplexity']:.2f}"
+            )
+        return figures
+
+    def _save(self) -> None:
+        about = {
+            "model": checkpoint.model_fields(self.config.model),
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer": self.tokenizer.sha256,
+        }
+        path = checkpoint.save(
+            self.checkpoints,
+            self.progress,
+            self.chunks,
+            self.optimizer,
+            self.scheduler,
+            keep=self.config.checkpoint,
+            about=about,
+        )
+        self.say(f"saved {path}")
+
+    def _finish(self, figures: dict[str, float], seconds: float) -> None:
+        text = self._sample()
+        if not self.log:
+            return
+        self.say(self._summary(figures, seconds))
+        if self.config.log.plots:
+            from megatron_ptrl.evaluation.report import draw_plots
+
+            paths = draw_plots([self.run_dir], self.run_dir / "plots")
+            self.say(f"plots: {len(paths)} files in {self.run_dir / 'plots'}")
+        if text is not None:
+            self.say(f"sample, temperature {self.config.sample.temperature:g}:\n{text}")
+
+    def _sample(self) -> str | None:
+        sample = self.config.sample
+        if not sample.tokens:
+            return None
+        prompt = [self.tokenizer.eod, *self.tokenizer.encode(sample.prompt)]
+        new = generate(
+            self.config, self.chunks, prompt, vocab_size=self.tokenizer.vocab_size, eod=self.tokenizer.eod
+        )
+        return sample.prompt + self.tokenizer.decode(new)
+
+    def _summary(self, figures: dict[str, float], seconds: float) -> str:
+        held_out = getattr(self, "_held_out", {})
+        rows: list[tuple[str, str]] = []
+        if held_out:
+            unigram = unigram_cross_entropy(self.train_data, self.valid_data)
+            rows += [
+                ("held-out cross entropy", f"{held_out['valid_ce']:.4f} nats a token"),
+                ("held-out perplexity", f"{held_out['valid_perplexity']:.2f}"),
+                ("unigram perplexity", f"{math.exp(unigram):.2f}"),
+            ]
+            for name, label in (
+                ("valid_entropy", "entropy"),
+                ("valid_target_probability", "target probability"),
+                ("valid_head_mass", "head mass"),
+                ("valid_tail_mass", "tail mass"),
+                ("valid_loss", "shaped loss"),
+            ):
+                if name in held_out:
+                    rows.append((f"held-out {label}", f"{held_out[name]:.4f}"))
+        if figures:
+            rows += [
+                ("training cross entropy", f"{figures['ce']:.4f} nats a token (last step)"),
+                ("tokens/s", f"{figures['tokens_per_second']:,.0f} (last step)"),
+            ]
+        rows.append(("steps, tokens", f"{self.progress.step:,}, {self._tokens():,}"))
+        rows.append(("this call", f"{seconds:.0f} s of training and evaluation"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows), ""])
+
+    def _tokens(self) -> int:
+        return self.progress.consumed_samples * self.config.data.seq_length
+
+
+class _Signals:
+    """SIGUSR1 saves and goes on, SIGTERM saves and stops; all ranks act in the same step."""
+
+    def __init__(self) -> None:
+        self._save = self._stop = False
+        signal.signal(signal.SIGUSR1, self._on_save)
+        signal.signal(signal.SIGTERM, self._on_stop)
+
+    def _on_save(self, *_: Any) -> None:
+        self._save = True
+
+    def _on_stop(self, *_: Any) -> None:
+        self._stop = True
+
+    def agree(self) -> tuple[bool, bool]:
+        """(save now, stop now), if any rank was told so since the last call. One all-reduce of two bytes."""
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        told = torch.tensor([self._save, self._stop], dtype=torch.uint8, device=device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        self._save = False
+        return bool(told[0]), bool(told[1])
+
+
+def _because(notes: list[str]) -> str:
+    return ": " + "; ".join(notes) if notes else ""
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The config as YAML holds it, ready for --config: Megatron-Core's own fields only where they were set."""
+    plain = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "model":
+            plain["model"] = checkpoint.model_fields(value)
+        else:
+            plain[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return plain

@@ -1,0 +1,145 @@
+"""Figures of every step -> metrics.jsonl, TensorBoard, W&B and the terminal. Rank 0 writes, the others are silent."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_ptrl.config import LogConfig
+from megatron_ptrl.errors import InputError
+
+
+class RunLog:
+    """The files of one run directory. Resuming at a step drops what a killed run wrote after it."""
+
+    def __init__(self, run_dir: Path, config: LogConfig, *, first_step: int, last_step: int, settings: str) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._every = config.every
+        self._first_step, self._last_step, self._start = first_step, last_step, time.perf_counter()
+        (run_dir / "config.yaml").write_text(settings)
+        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
+        metrics = run_dir / "metrics.jsonl"
+        _keep_until(metrics, first_step)
+        self._metrics = metrics.open("a")
+        self._text = (run_dir / "log.txt").open("a")
+        self._bar = tqdm(total=last_step, initial=first_step, unit="step") if sys.stderr.isatty() else None
+        self._tensorboard = _tensorboard(run_dir, first_step) if config.tensorboard else None
+        self._wandb = _wandb(run_dir, config.wandb_project) if config.wandb_project else None
+
+    def say(self, text: str) -> None:
+        """One line for the reader, on the terminal and in log.txt."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+        self._text.write(text + "\n")
+        self._text.flush()
+
+    def record(self, figures: dict[str, float]) -> None:
+        """One object of metrics.jsonl; `figures` holds `step`."""
+        self._metrics.write(json.dumps(figures) + "\n")
+        self._metrics.flush()
+        step = int(figures["step"])
+        named = {name: value for name, value in figures.items() if name != "step"}
+        if self._tensorboard is not None:
+            for name, value in named.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
+
+    def progress(self, figures: dict[str, float]) -> None:
+        """Move the bar, or print a line every few steps where there is no terminal."""
+        step = int(figures["step"])
+        shown = {name: figures[name] for name in ("loss", "ce", "entropy", "grad_norm") if name in figures}
+        text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self._every == 0 or step == self._last_step:
+            seconds = (time.perf_counter() - self._start) / (step - self._first_step) * (self._last_step - step)
+            rate = figures["tokens_per_second"]
+            self.say(f"step {step}/{self._last_step}  {text}  {rate:,.0f} tokens/s  {seconds:.0f} s to go")
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._metrics.close()
+        self._text.close()
+
+
+def _keep_until(metrics: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last line that a killed run cut short."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step and step > 0:
+                kept.append(line)
+        except ValueError:
+            continue
+    rewritten = metrics.with_suffix(".tmp")
+    rewritten.write_text("".join(line + "\n" for line in kept))
+    os.replace(rewritten, metrics)
+
+
+def _tensorboard(run_dir: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+
+
+def _wandb(run_dir: Path, project: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise InputError(
+            f"log.wandb_project is {project} and wandb is not installed; pip install megatron-ptrl[wandb]"
+        ) from None
+    return wandb.init(project=project, dir=str(run_dir), name=run_dir.name, resume="allow")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, to tell later what a run ran on."""
+    import torch
+
+    packages = ("torch", "megatron-core", "numpy", "transformer-engine", "megatron-ptrl")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "commit": _commit(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else [],
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of this checkout, when it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
