@@ -1,1 +1,27 @@
 """Pre-training data as a reinforcement signal, for Megatron-Core."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from megatron_ptrl.config import RewardShaping
+
+if TYPE_CHECKING:
+    from megatron_ptrl.losses.reward_shaped_ce import (
+        TokenStats,
+        reward_shaped_cross_entropy,
+        reward_shaped_cross_entropy_with_stats,
+    )
+
+__all__ = [
+    "RewardShaping",
+    "TokenStats",
+    "reward_shaped_cross_entropy",
+    "reward_shaped_cross_entropy_with_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: torch takes seconds to import, and the data stages do without it.
+    if name in __all__:
+        return getattr(import_module("megatron_ptrl.losses.reward_shaped_ce"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

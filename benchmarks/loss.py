@@ -1,0 +1,176 @@
+"""Forward + backward of the losses on this machine: time, share of the copy bandwidth, memory; one run, one table.
+
+    python benchmarks/loss.py [--tokens 256] [--vocab 32768 131072] [--rounds 9] [--output benchmarks/results/NAME.json]
+
+The least bytes per bf16 logit: 2 read in the forward, 2 read and 2 written in the backward, hence a floor of 1.5 copies.
+Providers take turns within a round, so that a busy machine slows all of them alike; figures are medians.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ptrl import RewardShaping, reward_shaped_cross_entropy, reward_shaped_cross_entropy_with_stats
+from megatron_ptrl.ops import load_kernels
+
+SHAPED = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.05, top_k=100)
+Provider = Callable[[Tensor, Tensor, Tensor], object]
+
+
+def backward_through(loss: Callable[[Tensor, Tensor], Tensor]) -> Provider:
+    def run(z: Tensor, y: Tensor, upstream: Tensor) -> Tensor:
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf, y), leaf, upstream)[0]
+
+    return run
+
+
+def torch_operators(z: Tensor, y: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The same loss and its gradient by hand, which is faster than leaving the gradient to autograd."""
+    shaping = SHAPED
+    log_p = z.float().log_softmax(-1)
+    p = log_p.exp()
+    in_head = z >= z.topk(shaping.top_k, dim=-1).values[:, -1:]
+    reward = torch.where(in_head, shaping.lambda_head, shaping.lambda_tail).scatter(1, y[:, None], 0.0)
+    log_px = log_p.gather(1, y[:, None])
+    w = ((1 - (-torch.expm1(log_px)) ** shaping.beta) * log_px).exp()
+    mass = (p * reward).sum(-1, keepdim=True)
+    grad = p * (w + mass - reward)
+    grad.scatter_add_(1, y[:, None], -w)
+    return (-w * log_px - mass).squeeze(1), (grad * upstream[:, None]).to(z.dtype)
+
+
+def megatron() -> Provider:
+    """Megatron-Core's plain cross entropy, in a group of one rank."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    if not dist.is_initialized():
+        store = Path(tempfile.mkdtemp()) / "store"
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    return backward_through(vocab_parallel_cross_entropy)
+
+
+def providers(shape: tuple[int, int]) -> dict[str, Provider]:
+    def ours(shaping: RewardShaping, **options: bool) -> Provider:
+        return backward_through(lambda z, y: reward_shaped_cross_entropy(z, y, shaping, **options))
+
+    copy_target = torch.empty(shape, dtype=torch.bfloat16).zero_()
+    return {
+        "copy of the logits": lambda z, y, upstream: copy_target.copy_(z),
+        "ours, shaped, k=100": ours(SHAPED),
+        "ours, shaped, in place": ours(SHAPED, inplace_backward=True),
+        "ours, shaped, statistics": backward_through(
+            lambda z, y: reward_shaped_cross_entropy_with_stats(z, y, SHAPED)[0]
+        ),
+        "ours, plain": ours(RewardShaping()),
+        "ours, plain, in place": ours(RewardShaping(), inplace_backward=True),
+        "shaped, torch operators": torch_operators,
+        "shaped, torch.compile": torch.compile(torch_operators),
+        "plain, F.cross_entropy(z.float())": backward_through(
+            lambda z, y: F.cross_entropy(z.float(), y, reduction="none")
+        ),
+        "plain, Megatron-Core": megatron(),
+    }
+
+
+def milliseconds(tokens: int, vocab: int, rounds: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    z = (torch.randn(tokens, vocab) * 2).bfloat16()
+    y, upstream = torch.randint(vocab, (tokens,)), torch.rand(tokens)
+    candidates = providers((tokens, vocab))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    scratch = z.clone()
+    for round_ in range(rounds + 1):  # the first one warms up
+        for name, run in candidates.items():
+            scratch.copy_(z)  # some providers overwrite their input
+            start = time.perf_counter()
+            run(scratch, y, upstream)
+            if round_ > 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def extra_bytes_per_token(name: str, tokens: int, vocab: int) -> float:
+    """Growth of the process's peak resident memory beyond the logits and one gradient."""
+    tiny = torch.randn(8, 128).bfloat16()
+    z = torch.randn(tokens, vocab, dtype=torch.bfloat16)
+    y, upstream = torch.randint(128, (tokens,)), torch.rand(tokens)
+    run = providers((1, 1))[name]
+    run(tiny, y[:8], upstream[:8])  # threads, libraries
+    torch.ones_like(z)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(z, y, upstream)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / tokens
+
+
+def memory(names: list[str], tokens: int, vocab: int) -> dict[str, float]:
+    """Each in a process of its own, because a peak cannot be reset."""
+    found = {}
+    for name in names:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[name] = pool.apply(extra_bytes_per_token, (name, tokens, vocab))
+    return found
+
+
+def environment() -> dict[str, object]:
+    model = next((s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s))
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return {
+        "cpu": f"{model}, {os.cpu_count()} cores, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "kernels": load_kernels(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory figures")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    args = parser.parse_args()
+
+    result: dict[str, object] = environment()
+    print("# " + ", ".join(f"{key} {value}" for key, value in result.items()))
+    for vocab in args.vocab:
+        times = milliseconds(args.tokens, vocab, args.rounds)
+        result[f"ms, {args.tokens} x {vocab}"] = times
+        floor = 1.5 * times["copy of the logits"]
+        print(f"\nbf16, {args.tokens} tokens x {vocab}, forward + backward{'ms':>9}{'/ ours':>9}{'floor':>8}")
+        for name, ms in times.items():
+            print(f"  {name:42}{ms:9.2f}{ms / times['ours, shaped, k=100']:8.2f}x{floor / ms:7.0%}")
+    if not args.no_memory:
+        names = ["ours, shaped, k=100", "ours, shaped, statistics", "shaped, torch operators", "plain, Megatron-Core"]
+        extra = memory(names, 1024, 32768)
+        result["peak bytes a token beyond logits and gradient, 1024 x 32768"] = extra
+        print("\npeak memory beyond the logits and their gradient, 1024 tokens x 32768")
+        for name, size in extra.items():
+            print(f"  {name:42}{size:12.0f} bytes a token")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

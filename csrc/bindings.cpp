@@ -1,0 +1,23 @@
+// Every operator this library adds to PyTorch, and nothing else. None of them communicates.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(megatron_ptrl, m) {
+  // What one vocabulary shard (columns vocab_start ..) knows of each row: the columns of ptrl::Number, and its top_k
+  // largest logits among the first `ranked` columns, -inf where there are fewer. Rows of ignore_index are skipped.
+  m.def(
+      "reward_shaped_ce_stats(Tensor logits, Tensor target, int vocab_start, int ranked, int top_k, bool entropy, "
+      "int? ignore_index) -> (Tensor numbers, Tensor keys)");
+  // Joins the shards' knowledge, (shards, rows, ...), into each row's loss, the columns of ptrl::Coefficient and the
+  // rows of ptrl::Stat.
+  m.def(
+      "reward_shaped_ce_combine(Tensor numbers, Tensor keys, Tensor target, float beta, float lambda_head, "
+      "float lambda_tail, int? ignore_index) -> (Tensor loss, Tensor coefficients, Tensor stats)");
+  // This shard's gradient: grad_loss times dloss/dlogits.
+  m.def(
+      "reward_shaped_ce_grad(Tensor logits, Tensor target, Tensor grad_loss, Tensor coefficients, int vocab_start, "
+      "int ranked) -> Tensor");
+  // The same, written over the logits.
+  m.def(
+      "reward_shaped_ce_grad_(Tensor(a!) logits, Tensor target, Tensor grad_loss, Tensor coefficients, "
+      "int vocab_start, int ranked) -> ()");
+}

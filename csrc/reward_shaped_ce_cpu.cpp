@@ -1,0 +1,235 @@
+// The reward-shaped cross entropy on CPUs: the operators, their checks, and how rows are dealt out to threads.
+#include "reward_shaped_ce_cpu.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+
+namespace {
+
+using namespace ptrl;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const Kernels& kernels_for(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return kBFloat16Kernels;
+    case ScalarType::Half:
+      return kHalfKernels;
+    case ScalarType::Float:
+      return kFloatKernels;
+    default:
+      STD_TORCH_CHECK(false, name, " has scalar type number ", (int)x.scalar_type(),
+                      ", expected bfloat16, float16 or float32");
+  }
+}
+
+// Where the rows of a tensor with any leading dimensions start; only the last dimension must be dense.
+class Rows {
+ public:
+  explicit Rows(const Tensor& x, const char* name)
+      : base_(static_cast<char*>(x.data_ptr())),
+        item_(x.element_size()),
+        sizes_(x.sizes().begin(), x.sizes().end()),
+        strides_(x.strides().begin(), x.strides().end()) {
+    STD_TORCH_CHECK(!sizes_.empty() && (sizes_.back() <= 1 || strides_.back() == 1), name, " has strides ",
+                    shape_text(strides_), ", expected the last dimension to be dense");
+    for (size_t d = 0; d + 1 < sizes_.size(); d++) count_ *= sizes_[d];
+  }
+
+  int64_t count() const { return count_; }
+  int64_t columns() const { return sizes_.back(); }
+
+  void* operator[](int64_t row) const {
+    int64_t offset = 0;
+    for (size_t d = sizes_.size() - 1; d-- > 0; row /= sizes_[d]) offset += row % sizes_[d] * strides_[d];
+    return base_ + offset * item_;
+  }
+
+ private:
+  char* base_;
+  int64_t item_;
+  std::vector<int64_t> sizes_, strides_;
+  int64_t count_ = 1;
+};
+
+// With few rows a row is cut into segments of at least 16384 columns. How many depends on the shape alone, so that the
+// result does not depend on the number of threads.
+int64_t segments_per_row(int64_t rows, int64_t columns) {
+  return rows == 0 ? 1 : std::clamp<int64_t>(64 / rows, 1, std::max<int64_t>(columns / 16384, 1));
+}
+
+std::tuple<Tensor, Tensor> stats(const Tensor& logits, const Tensor& target, int64_t vocab_start, int64_t ranked,
+                                 int64_t top_k, bool entropy, std::optional<int64_t> ignore_index) {
+  const Kernels& kernels = kernels_for(logits, "logits");
+  const Rows z(logits, "logits");
+  const int64_t rows = z.count(), columns = z.columns();
+  PTRL_CHECK_TYPE(target, Long);
+  PTRL_CHECK_CONTIGUOUS(target);
+  PTRL_CHECK_SHAPE(target, rows);
+  STD_TORCH_CHECK(0 <= ranked && ranked <= columns, "ranked is ", ranked, ", expected 0 to ", columns);
+  STD_TORCH_CHECK(top_k >= 0, "top_k is ", top_k, ", expected >= 0");
+  STD_TORCH_CHECK(columns < 1 << 24, "logits have ", columns, " columns, expected < 2^24");
+
+  Tensor numbers = torch::stable::new_empty(logits, {rows, kNumbers}, ScalarType::Float);
+  Tensor keys = torch::stable::new_empty(logits, {rows, top_k});
+  const int64_t* targets = target.const_data_ptr<int64_t>();
+  float* out = numbers.mutable_data_ptr<float>();
+  char* out_keys = static_cast<char*>(keys.data_ptr());
+  const int64_t list_bytes = top_k * logits.element_size();
+
+  const int64_t parts = segments_per_row(rows, columns);
+  const int64_t width = (columns + parts - 1) / parts;
+  std::vector<Totals> totals(rows * parts);
+  std::vector<int64_t> ties(rows * parts);
+  std::vector<char> part_keys(parts > 1 ? rows * parts * list_bytes : 0);
+  char* lists = parts > 1 ? part_keys.data() : out_keys;
+
+  torch::stable::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t row = i / parts, first = std::min(i % parts * width, columns);
+      if (ignore_index && targets[row] == *ignore_index) continue;
+      const Segment segment{static_cast<const char*>(z[row]) + first * logits.element_size(),
+                            std::min(width, columns - first), ranked - first, targets[row] - vocab_start - first};
+      kernels.stats(segment, top_k, entropy, scratch, totals[i], lists + i * list_bytes, ties[i]);
+    }
+  });
+
+  Scratch scratch;
+  for (int64_t row = 0; row < rows; row++) {
+    const bool ignored = ignore_index && targets[row] == *ignore_index;
+    if (ignored) std::fill_n(out_keys + row * list_bytes, list_bytes, 0);
+    Totals sum;
+    for (int64_t part = 0; part < parts; part++) add(sum, totals[row * parts + part]);
+    int64_t tied = ties[row * parts];
+    if (parts > 1 && !ignored)
+      tied = kernels.merge(lists + row * parts * list_bytes, list_bytes, &ties[row * parts], parts, top_k, scratch,
+                           out_keys + row * list_bytes);
+    float* o = out + row * kNumbers;
+    o[kMax] = (float)sum.max;
+    o[kOthers] = (float)sum.others;
+    o[kPadded] = (float)sum.padded;
+    o[kWeighted] = (float)sum.weighted;
+    o[kTarget] = (float)sum.target;
+    o[kTies] = (float)tied;
+    o[kWidth] = (float)columns;
+  }
+  return {numbers, keys};
+}
+
+std::tuple<Tensor, Tensor, Tensor> combine(const Tensor& numbers, const Tensor& keys, const Tensor& target, double beta,
+                                           double lambda_head, double lambda_tail,
+                                           std::optional<int64_t> ignore_index) {
+  const Kernels& kernels = kernels_for(keys, "keys");
+  STD_TORCH_CHECK(keys.dim() == 3, "keys have shape ", shape_text(keys.sizes()), ", expected (shards, rows, top_k)");
+  const int64_t shards = keys.size(0), rows = keys.size(1), top_k = keys.size(2);
+  PTRL_CHECK_TYPE(numbers, Float);
+  PTRL_CHECK_TYPE(target, Long);
+  PTRL_CHECK_SHAPE(numbers, shards, rows, kNumbers);
+  PTRL_CHECK_SHAPE(target, rows);
+  PTRL_CHECK_CONTIGUOUS(numbers);
+  PTRL_CHECK_CONTIGUOUS(keys);
+  PTRL_CHECK_CONTIGUOUS(target);
+
+  Tensor loss = torch::stable::new_empty(numbers, {rows});
+  Tensor coefficients = torch::stable::new_empty(numbers, {rows, kCoefficients});
+  Tensor stats = torch::stable::new_empty(numbers, {kStats, rows});
+  const Shaping shaping{beta, lambda_head, lambda_tail};
+  const int64_t* targets = target.const_data_ptr<int64_t>();
+  const float* in = numbers.const_data_ptr<float>();
+  const char* lists = static_cast<const char*>(keys.data_ptr());
+  const int64_t list_bytes = top_k * keys.element_size();
+  float* out_loss = loss.mutable_data_ptr<float>();
+  float* out_coefficients = coefficients.mutable_data_ptr<float>();
+  float* out_stats = stats.mutable_data_ptr<float>();
+
+  torch::stable::parallel_for(0, rows, 32, [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    std::vector<char> merged(list_bytes);
+    std::vector<int64_t> ties(shards);
+    for (int64_t row = begin; row < end; row++) {
+      if (ignore_index && targets[row] == *ignore_index) {
+        out_loss[row] = 0;
+        std::fill_n(out_coefficients + row * kCoefficients, (int)kCoefficients, 0.f);
+        for (int64_t stat = 0; stat < kStats; stat++) out_stats[stat * rows + row] = 0;
+        continue;
+      }
+      Totals sum;
+      for (int64_t shard = 0; shard < shards; shard++) {
+        const float* n = in + (shard * rows + row) * kNumbers;
+        add(sum, {n[kMax], n[kOthers], n[kPadded], n[kWeighted], n[kTarget]});
+        ties[shard] = (int64_t)n[kTies];
+      }
+      Head head;
+      if (top_k > 0) {
+        const int64_t tied = kernels.merge(lists + row * list_bytes, rows * list_bytes, ties.data(), shards, top_k,
+                                           scratch, merged.data());
+        head = kernels.head(merged.data(), top_k, tied, (float)sum.max, (float)sum.target);
+      }
+      shape_row(sum, head.sum, head.threshold, shaping, out_loss + row, out_coefficients + row * kCoefficients,
+                out_stats + row, rows);
+    }
+  });
+  return {loss, coefficients, stats};
+}
+
+void write_gradient(const Tensor& logits, const Tensor& target, const Tensor& grad_loss, const Tensor& coefficients,
+                    int64_t vocab_start, int64_t ranked, const Tensor& grad) {
+  const Kernels& kernels = kernels_for(logits, "logits");
+  const Rows z(logits, "logits"), g(grad, "grad");
+  const int64_t rows = z.count(), columns = z.columns();
+  PTRL_CHECK_TYPE(target, Long);
+  PTRL_CHECK_TYPE(grad_loss, Float);
+  PTRL_CHECK_TYPE(coefficients, Float);
+  PTRL_CHECK_SHAPE(target, rows);
+  PTRL_CHECK_SHAPE(grad_loss, rows);
+  PTRL_CHECK_SHAPE(coefficients, rows, kCoefficients);
+  PTRL_CHECK_CONTIGUOUS(target);
+  PTRL_CHECK_CONTIGUOUS(grad_loss);
+  PTRL_CHECK_CONTIGUOUS(coefficients);
+  STD_TORCH_CHECK(0 <= ranked && ranked <= columns, "ranked is ", ranked, ", expected 0 to ", columns);
+
+  const int64_t* targets = target.const_data_ptr<int64_t>();
+  const float* upstream = grad_loss.const_data_ptr<float>();
+  const float* c = coefficients.const_data_ptr<float>();
+  constexpr int64_t kTile = 16384;
+  const int64_t tiles = (columns + kTile - 1) / kTile, item = logits.element_size();
+  torch::stable::parallel_for(0, rows * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t row = i / tiles, first = i % tiles * kTile;
+      const Segment segment{static_cast<const char*>(z[row]) + first * item, std::min(kTile, columns - first),
+                            ranked - first, targets[row] - vocab_start - first};
+      kernels.gradient(segment, c + row * kCoefficients, upstream[row], static_cast<char*>(g[row]) + first * item);
+    }
+  });
+}
+
+Tensor grad(const Tensor& logits, const Tensor& target, const Tensor& grad_loss, const Tensor& coefficients,
+            int64_t vocab_start, int64_t ranked) {
+  Tensor out = torch::stable::empty_like(logits);
+  write_gradient(logits, target, grad_loss, coefficients, vocab_start, ranked, out);
+  return out;
+}
+
+void grad_(Tensor logits, const Tensor& target, const Tensor& grad_loss, const Tensor& coefficients,
+           int64_t vocab_start, int64_t ranked) {
+  write_gradient(logits, target, grad_loss, coefficients, vocab_start, ranked, logits);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(megatron_ptrl, CPU, m) {
+  m.impl("reward_shaped_ce_stats", TORCH_BOX(&stats));
+  m.impl("reward_shaped_ce_combine", TORCH_BOX(&combine));
+  m.impl("reward_shaped_ce_grad", TORCH_BOX(&grad));
+  m.impl("reward_shaped_ce_grad_", TORCH_BOX(&grad_));
+}
