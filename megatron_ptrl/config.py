@@ -164,13 +164,15 @@ class DataConfig:
     valid: list[str] | None = None
     """The same for held-out data; null to hold out a part of `train` by `split`."""
     split: str = "95,5"
-    """Shares of the documents for training and validation, used when `valid` is null."""
+    """Shares of the documents for training and validation, in file order, used when `valid` is null."""
     tokenizer: str | None = None
     """Tokenizer file; null for the one that was written beside the first training prefix."""
     seq_length: int = 256
     """Tokens of a packed sequence."""
     isolate_documents: bool = False
-    """Restart positions at every document and keep attention inside it."""
+    """Restart positions after every end-of-document token and keep attention inside the document."""
+    eod_token: str | None = None
+    """End-of-document token; null for the one in the first prefix's metadata, `<|endoftext|>` where it has none."""
     cache: str | None = None
     """Folder for the sample index; null for `data_cache` in the run directory."""
 
@@ -310,7 +312,7 @@ class TokenizeConfig:
     """Raw text -> tokenizer, `.bin/.idx`."""
 
     input: list[str] = field(default_factory=list)
-    """Files or folders: .txt, .jsonl, .json.gz/.jsonl.gz, .jsonl.zst, .txt.gz, .txt.zst, .parquet."""
+    """Files or folders: .txt (one document a file), .jsonl or .json (one a line), any of them .gz or .zst, .parquet."""
     output: str = ""
     """Prefix of the files to write: PREFIX.bin, PREFIX.idx, PREFIX.json, PREFIX.tokenizer.json."""
     text_field: str = "text"
@@ -324,7 +326,7 @@ class TokenizeConfig:
     append_eod: bool = True
     """Close every document with the end-of-document token."""
     workers: int = 1
-    """Processes that tokenize; the output does not depend on their number."""
+    """Processes that tokenize; 1 is this process, with the tokenizer's own threads. The output does not depend on it."""
     strict: bool = False
     """Stop at the first bad document instead of writing it to PREFIX.rejects.jsonl."""
 

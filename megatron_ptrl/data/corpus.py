@@ -1,0 +1,250 @@
+"""Raw files -> `Document`s, one at a time.
+
+    files or folders  ->  find_files  ->  read_documents  ->  Document
+                                               |
+                                               +--> Rejects: records that could not be read, by reason, file and line
+
+A bad record is put aside and the run goes on; a file that cannot be read to its end (a truncated archive, no such
+column) stops it, because nobody knows how much would be lost.
+"""
+
+import gzip
+import io
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from megatron_ptrl.errors import InputError
+from megatron_ptrl.records import Document
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
+COMPRESSED = ("", ".gz", ".zst")
+SUFFIXES = tuple(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSED) + (".parquet",)
+OUTPUT_SUFFIXES = (".tokenizer.json", ".rejects.jsonl", ".json")
+
+
+class Rejects:
+    """Counts bad records by reason and writes one JSON line for each: file, line (from 1), reason.
+
+    `path=None` only counts. With `strict` the first bad record raises InputError instead.
+    """
+
+    def __init__(self, path: Path | None = None, strict: bool = False) -> None:
+        self.counts: Counter[str] = Counter()
+        self._strict = strict
+        self._file = path.open("w", encoding="utf-8") if path else None
+
+    def add(self, source: str, line: int, reason: str) -> None:
+        """Put one record aside."""
+        if self._strict:
+            raise InputError(f"{source}:{line}: {reason}; mend it, or drop --strict to put such records aside")
+        self.counts[reason] += 1
+        if self._file:
+            self._file.write(json.dumps({"file": source, "line": line, "reason": reason}) + "\n")
+
+    def __enter__(self) -> "Rejects":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._file:
+            self._file.close()
+
+
+def find_files(inputs: Iterable[str], output: str = "") -> list[Path]:
+    """The files to read: those named, and those with a known suffix in the folders named, sorted, at any depth.
+
+    What a tokenization wrote beside its `.bin/.idx` (metadata, tokenizer, rejects) is no corpus: it is passed over
+    in a folder. `output` is the prefix about to be written.
+    Raises InputError for a missing path, an unknown suffix, or when nothing is found.
+    """
+    found: list[Path] = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            found += [file for file in inside if file.name.endswith(SUFFIXES) and not _is_output(file, output)]
+        elif not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        elif not path.name.endswith(SUFFIXES):
+            raise InputError(f"{path}: unknown kind of file; expected one of {' '.join(SUFFIXES)}")
+        else:
+            found.append(path)
+    if not found:
+        raise InputError(f"no input files in {', '.join(inputs) or 'an empty list'}; expected {' '.join(SUFFIXES)}")
+    return found
+
+
+def _is_output(file: Path, output: str) -> bool:
+    for suffix in OUTPUT_SUFFIXES:
+        prefix = str(file).removesuffix(suffix)
+        if prefix != str(file) and (
+            Path(prefix + ".idx").exists() or os.path.abspath(prefix) == os.path.abspath(output)
+        ):
+            return True
+    return False
+
+
+def read_documents(
+    files: Iterable[Path],
+    text_field: str,
+    rejects: Rejects,
+    on_bytes: Callable[[int], None] = lambda bytes_read: None,
+) -> Iterator[Document]:
+    """Stream the documents of `files` in order; `on_bytes` hears how far it is, in bytes on disk over all files.
+
+    A JSONL file's blank lines are skipped. A byte-order mark is dropped.
+    Raises InputError for a file that cannot be read to its end.
+    """
+    done = 0
+    for file in files:
+        try:
+            size = file.stat().st_size
+            for document, position in _read_file(file, text_field, rejects):
+                on_bytes(done + position)
+                reason = _reason_against(document.text)
+                if reason:
+                    rejects.add(document.source, document.line, reason)
+                else:
+                    yield document
+        except (EOFError, zlib.error) as error:
+            raise InputError(f"{file}: damaged archive ({error}); nothing was written") from error
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror or error}") from error
+        done += size
+        on_bytes(done)
+
+
+def _reason_against(text: str) -> str | None:
+    if not text.strip():
+        return "empty document"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "lone surrogate in the text"
+    return None
+
+
+def _read_file(file: Path, text_field: str, rejects: Rejects) -> Iterator[tuple[Document, int]]:
+    if file.suffix == ".parquet":
+        yield from _read_parquet(file, text_field, rejects)
+        return
+    with file.open("rb") as raw, _uncompressed(file, raw) as stream:
+        if ".txt" in file.suffixes[-2:]:
+            yield from _read_txt(file, stream, rejects)
+        else:
+            for document in _read_jsonl(file, stream, text_field, rejects):
+                yield document, raw.tell()
+
+
+def _uncompressed(file: Path, raw: IO[bytes]) -> IO[bytes]:
+    if file.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if file.suffix == ".zst":
+        return io.BufferedReader(_ZstdStream(file, raw), buffer_size=1 << 20)
+    return raw
+
+
+class _ZstdStream(io.RawIOBase):
+    """Every frame of a .zst file; zstandard's own reader stops after one, and takes a truncated one for its end."""
+
+    def __init__(self, file: Path, raw: IO[bytes]) -> None:
+        self._zstandard = _import_extra("zstandard", file)
+        self._raw = raw
+        self._packed = b""
+        self._plain = b""
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            packed = self._packed or self._raw.read(1 << 17)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("it ends within a zstd frame")
+                return 0
+            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._plain = self._frame.decompress(packed)
+            except self._zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._plain))
+        buffer[:count] = self._plain[:count]
+        self._plain = self._plain[count:]
+        return count
+
+
+def _read_txt(file: Path, stream: IO[bytes], rejects: Rejects) -> Iterator[tuple[Document, int]]:
+    content = stream.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        rejects.add(str(file), content.count(b"\n", 0, error.start) + 1, "invalid UTF-8")
+        return
+    yield Document(text, str(file), 1), file.stat().st_size
+
+
+def _read_jsonl(file: Path, stream: IO[bytes], text_field: str, rejects: Rejects) -> Iterator[Document]:
+    for line, content in enumerate(stream, start=1):
+        try:
+            record = content.decode("utf-8-sig" if line == 1 else "utf-8")
+            if not record.strip():
+                continue
+            value = json.loads(record)
+        except UnicodeDecodeError:
+            rejects.add(str(file), line, "invalid UTF-8")
+        except (ValueError, RecursionError):
+            rejects.add(str(file), line, "not JSON")
+        else:
+            if not isinstance(value, dict):
+                rejects.add(str(file), line, "not a JSON object")
+            elif text_field not in value:
+                rejects.add(str(file), line, f"no field {text_field!r}")
+            elif not isinstance(value[text_field], str):
+                rejects.add(str(file), line, f"field {text_field!r} is not a string")
+            else:
+                yield Document(value[text_field], str(file), line)
+
+
+def _read_parquet(file: Path, text_field: str, rejects: Rejects) -> Iterator[tuple[Document, int]]:
+    _import_extra("pyarrow", file)
+    import pyarrow
+    import pyarrow.parquet
+
+    size = file.stat().st_size
+    row = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = table.schema_arrow.names
+        if text_field not in columns:
+            raise InputError(f"{file}: no column {text_field!r}; it has {', '.join(columns)}; set --text_field")
+        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+            for scalar in batch.column(0):
+                row += 1
+                try:
+                    value = scalar.as_py()
+                except UnicodeDecodeError:
+                    rejects.add(str(file), row, "invalid UTF-8")
+                    continue
+                if isinstance(value, str):
+                    yield Document(value, str(file), row), size * row // table.metadata.num_rows
+                else:
+                    rejects.add(str(file), row, f"field {text_field!r} is not a string")
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file}: damaged Parquet after row {row} ({error})") from error
+
+
+def _import_extra(package: str, file: Path) -> Any:
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise InputError(f"{file}: reading it needs {package}; pip install megatron-ptrl[data]") from error
