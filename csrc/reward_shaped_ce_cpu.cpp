@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> stats(const Tensor& logits, const Tensor& target, int
     Totals sum;
     for (int64_t part = 0; part < parts; part++) add(sum, totals[row * parts + part]);
     int64_t tied = ties[row * parts];
-    if (parts > 1 && !ignored)
+    if (parts > 1 && top_k > 0 && !ignored)
       tied = kernels.merge(lists + row * parts * list_bytes, list_bytes, &ties[row * parts], parts, top_k, scratch,
                            out_keys + row * list_bytes);
     float* o = out + row * kNumbers;

@@ -96,7 +96,7 @@ def reward_shaped_cross_entropy_with_stats(
     """
     call = _Call(shaping, tp_group, inplace_backward, ignore_index, vocab_size, with_stats=True)
     loss, stats = _apply(vocab_parallel_logits, target, call)
-    logprob, entropy, head_mass, target_in_head = stats.view(-1, *target.shape)
+    logprob, entropy, head_mass, target_in_head = stats.view(ops.STATS, *target.shape)
     return loss, TokenStats(logprob, entropy, head_mass, target_in_head.bool())
 
 

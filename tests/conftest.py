@@ -1,0 +1,19 @@
+"""What every test may use."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+from ranks import Ranks
+
+# The first call of a torch operator takes longer than hypothesis's default of 200 ms.
+hypothesis.settings.register_profile("ptrl", deadline=None)
+hypothesis.settings.load_profile("ptrl")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """The session's pool of processes: `ranks.run(world_size, function, *args)`."""
+    pool = Ranks()
+    yield pool
+    pool.close()
