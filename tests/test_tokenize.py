@@ -213,14 +213,17 @@ BAD_INPUTS = {
 }
 
 
+@pytest.mark.parametrize("tokenizer", [None, "given"])
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_told_in_one_line(case, trained, tmp_path):
+def test_bad_input_is_told_in_one_line(case, tokenizer, trained, tmp_path):
     make, message = BAD_INPUTS[case]
     inputs = make(tmp_path)
+    given = tokenizer and trained + ".tokenizer.json"
     with pytest.raises(InputError, match=message) as error:
-        run(TokenizeConfig(input=inputs, output=str(tmp_path / "out"), tokenizer=trained + ".tokenizer.json"))
+        run(TokenizeConfig(input=inputs, output=str(tmp_path / "out"), tokenizer=given))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out.idx").exists()
+    assert (tmp_path / "out.rejects.jsonl").exists() == ("rejected: 2" in str(error.value))
 
 
 def test_damaged_archives_and_columns(trained, tmp_path):
@@ -330,8 +333,9 @@ def test_killed_run_leaves_no_pair_and_is_repeated_by_the_same_command(trained, 
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_no_index_beside_another_runs_tokens(trained, tmp_path, monkeypatch):
-    """Killed while it replaces an earlier pair, a run leaves no index rather than one of other tokens."""
+@pytest.mark.parametrize("suffix", tokenize_stage.PUBLISHED)
+def test_no_index_beside_another_runs_tokens(suffix, trained, tmp_path, monkeypatch):
+    """Killed before any of the renames that replace an earlier pair, a run leaves no index at all."""
     config = TokenizeConfig(
         input=[str(write_jsonl(tmp_path / "in.jsonl", ["first"]))],
         output=str(tmp_path / "a"),
@@ -341,7 +345,7 @@ def test_no_index_beside_another_runs_tokens(trained, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "in.jsonl", ["the second text"])
 
     def killed(source: Path, target: str) -> None:
-        if target.endswith(".idx"):
+        if target == config.output + suffix:
             raise KeyboardInterrupt
         Path(source).rename(target)
 

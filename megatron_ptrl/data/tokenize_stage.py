@@ -7,6 +7,7 @@ Everything is written under PREFIX.*.tmp and renamed at the end, the index last:
 complete `.bin`. A run that was killed is repeated by the same command, which starts over.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -57,20 +58,13 @@ def run(config: TokenizeConfig) -> None:
         Tokenizer(config.tokenizer, config.eod_token)
         shutil.copyfile(config.tokenizer, temporary[".tokenizer.json"])
     else:
-        with _Progress("train tokenizer", files) as progress:
-            texts = _training_texts(read_documents(files, config.text_field, Rejects(strict=config.strict), progress))
-            train_tokenizer(texts, temporary[".tokenizer.json"], config.vocab_size, config.eod_token)
+        _train(config, files, temporary)
     tokenizer = Tokenizer(temporary[".tokenizer.json"], config.eod_token)
 
     with Rejects(temporary[".rejects.jsonl"], config.strict) as rejects, _Progress("tokenize", files) as progress:
         documents = read_documents(files, config.text_field, rejects, progress)
         meta, text_bytes = _write_indexed(documents, tokenizer, rejects, config, progress, temporary)
-    _publish_rejects(config.output, temporary[".rejects.jsonl"], meta.rejected)
-    if not meta.documents:
-        raise InputError(
-            f"{', '.join(config.input)}: no document to tokenize; rejected: {_counts(meta.rejected) or 'none'}"
-            + (f", see {config.output}.rejects.jsonl" if meta.rejected else "")
-        )
+    _publish_rejects(config, meta.documents, temporary[".rejects.jsonl"], meta.rejected)
     temporary[".json"].write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
     # Without its index the pair of an earlier run no longer counts, so a kill between two renames mixes nothing.
     Path(config.output + ".idx").unlink(missing_ok=True)
@@ -98,17 +92,28 @@ def _prepare_output(output: str, files: list[Path]) -> None:
         raise InputError(f"output {output}: {error.strerror}: {error.filename}") from error
 
 
-def _training_texts(documents: Iterator[Document]) -> Iterator[str]:
-    characters = count = 0
-    for document in documents:
+def _train(config: TokenizeConfig, files: list[Path], temporary: dict[str, Path]) -> None:
+    with (
+        Rejects(temporary[".rejects.jsonl"], config.strict) as rejects,
+        _Progress("train tokenizer", files) as progress,
+    ):
+        documents = read_documents(files, config.text_field, rejects, progress)
+        first = next(documents, None)
+        if first is not None:
+            texts = _training_texts(itertools.chain([first], documents))
+            train_tokenizer(texts, temporary[".tokenizer.json"], config.vocab_size, config.eod_token)
+    if first is None:
+        _publish_rejects(config, 0, temporary[".rejects.jsonl"], rejects.counts)
+
+
+def _training_texts(documents: Iterable[Document]) -> Iterator[str]:
+    characters = 0
+    for count, document in enumerate(documents, start=1):
         yield document.text
-        count += 1
         characters += len(document.text)
         if characters >= TRAIN_CHARACTERS:
             print(f"tokenizer: trained on the first {count:,} documents ({characters:,} characters)")
             return
-    if not count:
-        raise InputError("no document to train a tokenizer on; run with --strict to see the first bad record")
 
 
 def _write_indexed(
@@ -196,16 +201,22 @@ def _encoded(
             yield batch, future.result()
 
 
-def _publish_rejects(output: str, temporary: Path, counts: dict[str, int]) -> None:
-    path = Path(output + ".rejects.jsonl")
+def _publish_rejects(config: TokenizeConfig, documents: int, temporary: Path, counts: Mapping[str, int]) -> None:
+    """Give the rejects their final name; InputError when there was nothing else."""
+    path = Path(config.output + ".rejects.jsonl")
     if counts:
         os.replace(temporary, path)
     else:
         temporary.unlink()
         path.unlink(missing_ok=True)
+    if not documents:
+        raise InputError(
+            f"{', '.join(config.input)}: no document to tokenize; rejected: {_counts(counts) or 'none'}"
+            + (f", see {path}" if counts else "")
+        )
 
 
-def _counts(rejected: dict[str, int]) -> str:
+def _counts(rejected: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
 
 
