@@ -17,9 +17,14 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 from megatron_ptrl.errors import InputError
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # Megatron-Core 0.16 asks for the name in its router and, without Transformer Engine, never defines it.
+    moe_utils.te_general_gemm = None
 
 
 def has_transformer_engine() -> bool:

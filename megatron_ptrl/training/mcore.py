@@ -131,6 +131,9 @@ def transformer_config(config: PretrainConfig) -> SeededTransformerConfig:
         "calculate_per_token_loss": True,
         "weight_seed": config.train.seed,
     }
+    if parallel.vpp:
+        # With two stages both neighbours are the same rank, and batched sends would be taken for one another.
+        settings = {**settings, "overlap_p2p_comm": True, "batch_p2p_comm": False}
     if not layers.has_transformer_engine():
         # These default to fused kernels that only Transformer Engine or apex bring.
         settings = {"gradient_accumulation_fusion": False, "transformer_impl": "local", **settings}
@@ -209,7 +212,8 @@ def build_model(config: PretrainConfig, vocab_size: int) -> list[DistributedData
             loss=config.loss,
             num_tokens_in_vocabulary=vocab_size,
         )
-        model.cuda(torch.cuda.current_device()) if torch.cuda.is_available() else None
+        if torch.cuda.is_available():
+            model.cuda(torch.cuda.current_device())
         bare.append(Float16Module(transformer, model) if transformer.bf16 else model)
     return _distribute(config, transformer, bare)
 

@@ -202,7 +202,9 @@ class Pretraining:
             return {}
         train, dp = self.config.train, self.layout.dp
         samples = len(self.valid_data)
-        rounds = -(-samples // (train.micro_batch * dp))
+        # The interleaved schedule takes microbatches in groups of pp; the loss mask of the surplus is zero.
+        group = self.config.parallel.pp if self.config.parallel.vpp else 1
+        rounds = -(-samples // (train.micro_batch * dp * group)) * group
         batches = microbatches(
             self.valid_data,
             first_sample=0,
