@@ -2,7 +2,7 @@
 
     python benchmarks/loss.py [--tokens 256] [--vocab 32768 131072] [--rounds 9] [--output benchmarks/results/NAME.json]
 
-The least bytes per bf16 logit: 2 read in the forward, 2 read and 2 written in the backward, hence a floor of 1.5 copies.
+The least bytes per bf16 logit: 2 read in the forward, 2 read and 2 written in the backward. The floor is 1.5 copies.
 Providers take turns within a round, so that a busy machine slows all of them alike; figures are medians.
 """
 
@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import tempfile
@@ -106,6 +105,12 @@ def milliseconds(tokens: int, vocab: int, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def peak_bytes() -> int:
+    """Of this program alone; getrusage's figure also covers what the process was before it became this program."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
 def extra_bytes_per_token(name: str, tokens: int, vocab: int) -> float:
     """Growth of the process's peak resident memory beyond the logits and one gradient."""
     tiny = torch.randn(8, 128).bfloat16()
@@ -114,9 +119,9 @@ def extra_bytes_per_token(name: str, tokens: int, vocab: int) -> float:
     run = providers((1, 1))[name]
     run(tiny, y[:8], upstream[:8])  # threads, libraries
     torch.ones_like(z)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     run(z, y, upstream)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / tokens
+    return (peak_bytes() - before) / tokens
 
 
 def memory(names: list[str], tokens: int, vocab: int) -> dict[str, float]:
@@ -129,7 +134,7 @@ def memory(names: list[str], tokens: int, vocab: int) -> dict[str, float]:
 
 
 def environment() -> dict[str, object]:
-    model = next((s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s))
+    model = next(s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s)
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     return {

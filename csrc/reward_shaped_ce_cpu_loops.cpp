@@ -99,25 +99,42 @@ struct Groups {
   }
 };
 
-// e^x for x <= 0, to about 1e-7; 0 below e^-87, where fp32 would turn denormal; NaN for NaN.
-PTRL_INLINE float exp_nonpositive(float x) {
-  // Adding 3 x 2^22 rounds to an integer that ends up in the low bits; the 127 is the exponent's bias.
+// How many terms e^x gets. 16-bit gradients are rounded to 2^-9 or 2^-11 of their value; sums average the error out.
+template <class T>
+constexpr int kGradientDegree = sizeof(typename T::Raw) == 2 ? 4 : 6;
+template <class T>
+constexpr int kSumDegree = sizeof(typename T::Raw) == 2 ? 5 : 6;
+
+constexpr float kVanishing = -88.f;  // e^x below is 0, as fp32 would turn denormal soon after
+
+// e^x for kVanishing <= x <= 0, relative error 3e-6, 9e-8 or 2e-9 by degree; 0 at kVanishing, NaN for NaN.
+template <int kDegree>
+PTRL_INLINE float exp_clamped(float x) {
+  // Adding 3 x 2^22 rounds to an integer that ends up in the low bits. The 127 is the exponent's bias: at kVanishing
+  // the exponent field becomes 0, and so does the scale.
   constexpr float kRound = 12582912.f + 127.f;
   const float shifted = x * 1.44269504f + kRound, t = x - (shifted - kRound) * 0.693147181f;
-  const float power =
-      1.f + t * (1.f + t * (0.5f + t * (0.166666667f + t * (0.0416666667f + t * (0.00833333333f + t * 0.00138888889f)))));
-  const float result = power * bits<float>(bits<uint32_t>(shifted) << 23);
-  return x < -87.f ? 0.f : result;
+  const float scale = bits<float>(bits<uint32_t>(shifted) << 23);
+  // Least worst relative error on |t| <= ln 2 / 2.
+  if constexpr (kDegree == 4)
+    return scale * (1.f + t * (0.999966773f + t * (0.500030198f + t * (0.167875916f + t * 0.041513683f))));
+  if constexpr (kDegree == 5)
+    return scale * (1.f + t * (0.999999706f + t * (0.499991478f + t * (0.166676381f + t * (0.0418981596f +
+                                                                                          t * 0.00829027211f)))));
+  return scale * (1.f + t * (1.00000003f + t * (0.499999942f + t * (0.166664308f + t * (0.0416680047f +
+                                                           t * (0.00837419561f + t * 0.00138436067f))))));
 }
+
+PTRL_INLINE float clamp_exponent(float x) { return x < kVanishing ? kVanishing : x; }  // NaN stays
 
 template <class T, bool kEntropy>
 PTRL_INLINE void add_exponentials(const typename T::Raw* z, int64_t count, float max, double& sum, double& weighted) {
   float s = 0, t = 0;
 #pragma omp simd reduction(+ : s, t)
   for (int64_t j = 0; j < count; j++) {
-    const float x = T::to_float(z[j]) - max, e = exp_nonpositive(x);
+    const float x = clamp_exponent(T::to_float(z[j]) - max), e = exp_clamped<kSumDegree<T>>(x);
     s += e;
-    if (kEntropy) t += e * (x < -88.f ? -88.f : x);
+    if (kEntropy) t += e * x;
   }
   sum += s;
   weighted += t;
@@ -303,10 +320,10 @@ PTRL_INLINE Head head_loop(const void* keys, int64_t k, int64_t ties, float max,
 #pragma omp simd reduction(+ : above)
   for (int64_t i = 0; i < k; i++) {
     const float x = T::to_float(z[i]);
-    above += x > head.threshold && i != target_at ? exp_nonpositive(x - max) : 0.f;
+    above += x > head.threshold && i != target_at ? exp_clamped<kSumDegree<T>>(clamp_exponent(x - max)) : 0.f;
   }
   const double tied = (double)(ties - (target == head.threshold));
-  head.sum = above + (tied > 0 ? tied * exp_nonpositive(head.threshold - max) : 0);
+  head.sum = above + (tied > 0 ? tied * exp_clamped<kSumDegree<T>>(clamp_exponent(head.threshold - max)) : 0);
   return head;
 }
 
@@ -316,7 +333,7 @@ PTRL_INLINE void scale_exponentials(const typename T::Raw* z, typename T::Raw* g
 #pragma omp simd
   for (int64_t j = 0; j < count; j++) {
     const float x = T::to_float(z[j]);
-    grad[j] = T::from_float((x >= threshold ? head : tail) * exp_nonpositive(x - max));
+    grad[j] = T::from_float((x >= threshold ? head : tail) * exp_clamped<kGradientDegree<T>>(clamp_exponent(x - max)));
   }
 }
 

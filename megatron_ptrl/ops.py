@@ -9,6 +9,7 @@ import os
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,22 +100,24 @@ def reward_shaped_ce_grad_(
 
 
 def _register_fakes() -> None:
+    """Shapes and dtypes only: lets torch.compile see through the operators."""
+
     @torch.library.register_fake("megatron_ptrl::reward_shaped_ce_stats")
-    def _(logits, target, vocab_start, ranked, top_k, entropy, ignore_index):
+    def _(logits: Tensor, target: Tensor, vocab_start: int, ranked: int, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
         rows = target.shape[0]
         return logits.new_empty(rows, NUMBERS, dtype=torch.float32), logits.new_empty(rows, top_k)
 
     @torch.library.register_fake("megatron_ptrl::reward_shaped_ce_combine")
-    def _(numbers, keys, target, beta, lambda_head, lambda_tail, ignore_index):
+    def _(numbers: Tensor, keys: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         rows = target.shape[0]
         return numbers.new_empty(rows), numbers.new_empty(rows, COEFFICIENTS), numbers.new_empty(STATS, rows)
 
     @torch.library.register_fake("megatron_ptrl::reward_shaped_ce_grad")
-    def _(logits, target, grad_loss, coefficients, vocab_start, ranked):
+    def _(logits: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(logits)
 
     @torch.library.register_fake("megatron_ptrl::reward_shaped_ce_grad_")
-    def _(logits, target, grad_loss, coefficients, vocab_start, ranked):
+    def _(*_: Any) -> None:
         return None
 
 

@@ -61,11 +61,10 @@ def test_the_fallback_computes_the_same(dtype, top_k, vocab_size):
         gradients = [grad(z, target, upstream, coefficients, *place) for z, place in zip(parts, places, strict=True)]
         kept = [i for i in range(len(target)) if i != 4]
         found[name] = [keys[:, kept].float().sort().values, loss, coefficients, token_stats, *gradients]
-    torch.testing.assert_close(
-        found["kernels"], found["torch"], rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=2e-6
-    )
-    for kernels, fallback in list(zip(found["kernels"], found["torch"], strict=True))[:4]:
-        torch.testing.assert_close(kernels, fallback, rtol=1e-5, atol=2e-6)
+    for i, (kernels, fallback) in enumerate(zip(found["kernels"], found["torch"], strict=True)):
+        # The gradients, from the fifth on, may round to either neighbour.
+        rtol = 1e-5 if i < 4 else 2 * torch.finfo(dtype).eps + 1e-5
+        torch.testing.assert_close(kernels, fallback, rtol=rtol, atol=2e-6)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():

@@ -140,9 +140,9 @@ class _RewardShapedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
         columns, shaping, ids = logits.shape[-1], call.shaping, target.reshape(-1)
-        ctx.place = (call.vocab_start(columns), call.ranked(columns))
+        start, ranked = call.vocab_start(columns), call.ranked(columns)
         numbers, keys = ops.reward_shaped_ce_stats(
-            logits, ids, *ctx.place, call.top_k, call.with_stats, call.ignore_index
+            logits, ids, start, ranked, call.top_k, call.with_stats, call.ignore_index
         )
         every_numbers, every_keys = _exchange(numbers, keys, call)
         # After the exchange, so that every rank raises and none is left waiting.
@@ -151,6 +151,7 @@ class _RewardShapedCrossEntropy(torch.autograd.Function):
             every_numbers, every_keys, ids, shaping.beta, shaping.lambda_head, shaping.lambda_tail, call.ignore_index
         )
         ctx.save_for_backward(logits, ids, coefficients)
+        ctx.place = (start, ranked)
         ctx.inplace = call.inplace_backward
         ctx.spent = False
         ctx.mark_non_differentiable(stats)
