@@ -24,7 +24,7 @@ SOURCES := Makefile pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-quickstart: .venv/.ready ## Set up, then train a small model with and without reward shaping
+quickstart: .venv/.ready ## Set up, then go from real text to a small trained GPT
 	@$(BIN)/python examples/quickstart/run.py --work_dir $(WORK_DIR)
 
 test: .venv/.ready-dev ## Run the tests

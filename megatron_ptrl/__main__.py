@@ -1,7 +1,9 @@
 """`ptrl STAGE`, `python -m megatron_ptrl STAGE`, `torchrun ... -m megatron_ptrl STAGE`."""
 
 import importlib
+import os
 import sys
+import warnings
 from dataclasses import dataclass
 
 from megatron_ptrl.errors import InputError
@@ -44,18 +46,35 @@ def main(argv: list[str] | None = None) -> int:
         if stage is None:
             raise InputError(f"there is no stage {name}; expected one of {', '.join(_STAGES)}")
         if stage.trains:
-            from megatron_ptrl.training import host
-
-            host.install_if_no_cuda()
+            _prepare_for_megatron()
         from megatron_ptrl import config
         from megatron_ptrl.cli import parse
 
         settings = parse(getattr(config, stage.config), rest, prog=f"ptrl {name}", positional=stage.positional)
         importlib.import_module(stage.module).run(settings)
     except InputError as error:
-        print(f"ptrl {name}: {error}", file=sys.stderr, flush=True)
+        if _speaks():
+            print(f"ptrl {name}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _prepare_for_megatron() -> None:
+    from megatron_ptrl.training import host
+
+    # Every rank would say it again; `ptrl doctor` says it once, with what it costs.
+    warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine).*")
+    # Megatron-Core calls collectives by names that torch 2.13 renamed.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    if host.install_if_no_cuda():
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+
+
+def _speaks() -> bool:
+    """Rank 0, and any rank once the group is up: what is wrong before that is wrong on all of them."""
+    import torch.distributed as dist
+
+    return os.environ.get("RANK", "0") == "0" or dist.is_initialized()
 
 
 def _usage() -> str:

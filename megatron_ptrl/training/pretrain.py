@@ -109,6 +109,9 @@ class Pretraining:
             every = config.checkpoint.save_every
             if last or save_now or stopped or (every and step % every == 0):
                 self._save()
+        if not figures and not stopped:
+            self.say(f"the run in {self.run_dir} is complete; evaluating it again")
+            self._evaluate(record=False)
         if stopped:
             self.say(f"SIGTERM: saved at step {self.progress.step}; the same command continues")
         else:
@@ -197,9 +200,9 @@ class Pretraining:
             self.log.progress(figures)
         return figures
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, *, record: bool = True) -> None:
         if self.valid_data is None:
-            return {}
+            return
         train, dp = self.config.train, self.layout.dp
         samples = len(self.valid_data)
         # The interleaved schedule takes microbatches in groups of pp; the loss mask of the surplus is zero.
@@ -219,11 +222,11 @@ class Pretraining:
         figures["valid_perplexity"] = math.exp(min(means["ce"], 700.0))
         self._held_out = {"step": self.progress.step, **figures}
         if self.log:
-            self.log.record(self._held_out)
+            if record:
+                self.log.record(self._held_out)
             self.say(
                 f"step {self.progress.step}: held-out ce {means['ce']:.4f}, perplexity {figures['valid_perplexity']:.2f}"
             )
-        return figures
 
     def _save(self) -> None:
         about = {
