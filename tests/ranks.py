@@ -26,6 +26,8 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Megatron-Core saves checkpoints through a helper process, and a daemon may have none.
+    multiprocessing.current_process().daemon = False
     while (message := connection.recv()) is not None:
         path, payload, rank, world_size, store = message
         sys.path[:] = path
@@ -113,7 +115,7 @@ class Ranks:
         for process, connection in self._workers:
             with contextlib.suppress(OSError):
                 connection.send(None)
-            process.join(1)
+            process.join(GRACE)
             if process.is_alive():
                 process.kill()
                 process.join()
