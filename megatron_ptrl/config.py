@@ -112,7 +112,11 @@ class ModelConfig:
     rotary_base: int = 10000
     """Base of the rotary position embedding."""
     make_vocab_size_divisible_by: int = 64
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    """The vocabulary is padded to a multiple of this and of the tensor-parallel size."""
+    activation_func: Literal["silu", "gelu", "relu"] = "silu"
+    """Activation of the MLP."""
+    use_cpu_initialization: bool = True
+    """Draw the initial weights on the CPU, the same under every layout; false is faster for many billions."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "make_vocab_size_divisible_by"):
@@ -159,20 +163,20 @@ class ParallelConfig:
 class DataConfig:
     """Which tokens, in which order."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[str | float] = field(default_factory=list)
     """Prefixes of `.bin/.idx` pairs, each optionally preceded by its weight: `[0.7, web, 0.3, code]`."""
-    valid: list[str] | None = None
+    valid: list[str | float] | None = None
     """The same for held-out data; null to hold out a part of `train` by `split`."""
     split: str = "95,5"
     """Shares of the documents for training and validation, in file order, used when `valid` is null."""
     tokenizer: str | None = None
     """Tokenizer file; null for the one that was written beside the first training prefix."""
+    eod_token: str | None = None
+    """End-of-document token; null for the one in the first prefix's metadata, `<|endoftext|>` where it has none."""
     seq_length: int = 256
     """Tokens of a packed sequence."""
     isolate_documents: bool = False
     """Restart positions after every end-of-document token and keep attention inside the document."""
-    eod_token: str | None = None
-    """End-of-document token; null for the one in the first prefix's metadata, `<|endoftext|>` where it has none."""
     cache: str | None = None
     """Folder for the sample index; null for `data_cache` in the run directory."""
 
@@ -296,6 +300,8 @@ class PretrainConfig:
     """Everything of the run: config.yaml, metrics.jsonl, checkpoints/, plots/, tensorboard/, log.txt."""
     dry_run: bool = False
     """Print parameters, memory per rank, tokens, layout and schedule; train nothing."""
+    dry_run_world_size: int | None = None
+    """Ranks that the dry run assumes; null for those that were launched, at least one model-parallel group."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -326,7 +332,7 @@ class TokenizeConfig:
     append_eod: bool = True
     """Close every document with the end-of-document token."""
     workers: int = 1
-    """Processes that tokenize; 1 is this process, with the tokenizer's own threads. The output does not depend on it."""
+    """Processes that tokenize, 1 for this one with the tokenizer's own threads; the output does not depend on it."""
     strict: bool = False
     """Stop at the first bad document instead of writing it to PREFIX.rejects.jsonl."""
 

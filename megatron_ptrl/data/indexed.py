@@ -97,24 +97,24 @@ def read_meta(prefix: str) -> IndexedMeta | None:
         raise InputError(f"{path}: not the metadata of a tokenization ({error}); expected {expected}") from error
 
 
-def load_blend(items: Sequence[str]) -> list[tuple[float, str]]:
+def load_blend(items: Sequence[str | float]) -> list[tuple[float, str]]:
     """`[0.7, a, 0.3, b]`, or `[a, b]` weighted by their numbers of tokens, -> [(weight, prefix)], weights of sum 1.
 
     Tokens, because then every token of all parts is seen equally often. A prefix that reads as a number is written
     `./7`. Raises InputError for a list in neither form, or a weight that is not a positive number.
     """
-    items = [str(item) for item in items]
-    if not items:
+    words = [str(item) for item in items]
+    if not words:
         raise InputError("data.train is empty; expected prefixes, each optionally preceded by its weight")
-    numbers = [_as_number(item) for item in items]
+    numbers = [_as_number(item) for item in words]
     if any(number is not None for number in numbers):
-        weights, prefixes = numbers[0::2], items[1::2]
-        if len(items) % 2 or None in weights or any(number is not None for number in numbers[1::2]):
+        weights, prefixes = numbers[0::2], words[1::2]
+        if len(words) % 2 or None in weights or any(number is not None for number in numbers[1::2]):
             raise InputError(
-                f"data blend {items} mixes forms; expected [weight, prefix, weight, prefix] or only prefixes"
+                f"data blend {words} mixes forms; expected [weight, prefix, weight, prefix] or only prefixes"
             )
     else:
-        prefixes = items
+        prefixes = words
         weights = [float(_count_tokens(prefix)) for prefix in prefixes]
     parts = [weight or 0.0 for weight in weights]
     for weight, prefix in zip(parts, prefixes, strict=True):

@@ -49,7 +49,7 @@ class Found:
 
 def newest_whole(directory: Path) -> Found:
     """The checkpoint with the highest step whose every file has the size that was written."""
-    passed_over = []
+    passed_over: list[str] = []
     if _NAME.fullmatch(directory.name):
         candidates = [directory]
     else:

@@ -55,7 +55,9 @@ def _next_logits(config: PretrainConfig, chunks: list[Any], written: list[int]) 
     positions = torch.arange(config.data.seq_length, device=device)[None]
     mask = None
     if config.data.isolate_documents:
-        mask = torch.ones(config.data.seq_length, config.data.seq_length, dtype=torch.bool, device=device).triu(1)[None, None]
+        mask = torch.ones(config.data.seq_length, config.data.seq_length, dtype=torch.bool, device=device).triu(1)[
+            None, None
+        ]
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         output = model(tokens, positions, mask)

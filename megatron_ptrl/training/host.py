@@ -140,9 +140,7 @@ def _patch_torch_cuda() -> None:
         "default_stream": _Stream(),
     }
     answers |= dict.fromkeys(("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"))
-    answers |= dict.fromkeys(
-        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0
-    )
+    answers |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0)
     for name, answer in answers.items():
         setattr(cuda, name, _always(answer))
     cuda.memory_stats = lambda *args, **kwargs: defaultdict(int)

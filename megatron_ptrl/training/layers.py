@@ -14,10 +14,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec,
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
-from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 from megatron_ptrl.errors import InputError
@@ -99,7 +99,12 @@ class SeededTransformerLayer(TransformerLayer):
     """Draws its weights from (seed, layer number), whichever stage builds it."""
 
     def __init__(
-        self, config: TransformerConfig, submodules: Any, layer_number: int = 1, vp_stage: int | None = None, **rest: Any
+        self,
+        config: TransformerConfig,
+        submodules: Any,
+        layer_number: int = 1,
+        vp_stage: int | None = None,
+        **rest: Any,
     ) -> None:
         number = layer_number + get_transformer_layer_offset(config, vp_stage)
         torch.manual_seed(config.weight_seed * 1_000_003 + number)  # type: ignore[attr-defined]

@@ -58,7 +58,9 @@ def _check_tensor(config: PretrainConfig) -> None:
     if model.ffn_hidden_size:
         _divides("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tp", parallel.tp)
     if parallel.sequence_parallel and parallel.tp == 1:
-        raise InputError("parallel.sequence_parallel is true with parallel.tp 1; it splits over tp ranks, so set tp > 1")
+        raise InputError(
+            "parallel.sequence_parallel is true with parallel.tp 1; it splits over tp ranks, so set tp > 1"
+        )
     if parallel.sequence_parallel:
         _divides("data.seq_length", seq_length, "parallel.cp x tp", parallel.cp * parallel.tp)
     if parallel.cp > 1:
@@ -97,7 +99,9 @@ def _check_experts(config: PretrainConfig, layout: Layout) -> None:
     expert_ranks = (parallel.etp or parallel.tp) * parallel.ep * parallel.pp
     _divides("the number of ranks", layout.world_size, "parallel.etp x ep x pp", expert_ranks)
     if parallel.tp > 1 and not parallel.sequence_parallel:
-        raise InputError("experts with parallel.tp > 1 need parallel.sequence_parallel true: Megatron-Core trains no other")
+        raise InputError(
+            "experts with parallel.tp > 1 need parallel.sequence_parallel true: Megatron-Core trains no other"
+        )
 
 
 def _divides(what: str, size: int, by_what: str, by: int) -> None:

@@ -7,7 +7,7 @@ cut into ranks and microbatches.
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,10 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.data.batches import Batch
 from megatron_ptrl.training.mcore import RewardShapedGPTModel, unwrap
 
-Batches = Iterator[dict[str, Tensor]]
+Batches = Iterator[Batch]
 
 _SUMS = ("num_tokens", "loss", "ce", "entropy", "target_probability", "head_mass", "tail_mass")
 
@@ -37,14 +38,14 @@ def forward_step(batches: Batches, model: torch.nn.Module) -> tuple[Tensor, Any]
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, partial(_loss_and_sums, batch["loss_mask"], unwrap(model))
+    return output, partial(_loss_and_sums, unwrap(model), cast(Tensor, batch["loss_mask"]))
 
 
 def _to_device(tensor: Tensor | None) -> Tensor | None:
     return tensor.cuda(non_blocking=True) if tensor is not None and torch.cuda.is_available() else tensor
 
 
-def _loss_and_sums(loss_mask: Tensor, model: RewardShapedGPTModel, loss: Tensor) -> tuple[Tensor, Tensor, dict]:
+def _loss_and_sums(model: RewardShapedGPTModel, loss_mask: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, dict]:
     """Megatron's triple: summed loss, number of unmasked tokens, and what the logs need, summed over tokens.
 
     loss, loss_mask: (b, s)
@@ -76,9 +77,7 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(
-    config: PretrainConfig, chunks: list[Any], batches: Batches, num_microbatches: int
-) -> dict[str, float]:
+def evaluate(config: PretrainConfig, chunks: list[Any], batches: Batches, num_microbatches: int) -> dict[str, float]:
     """Means over the unmasked tokens of `num_microbatches` batches on each data-parallel rank."""
     for chunk in chunks:
         chunk.eval()
@@ -107,9 +106,9 @@ def _share(batches: Batches, num_chunks: int) -> Any:
     """Every model chunk walks the same microbatches at its own pace (interleaved schedule)."""
     if num_chunks == 1:
         return batches
-    waiting: list[list[dict[str, Tensor]]] = [[] for _ in range(num_chunks)]
+    waiting: list[list[Batch]] = [[] for _ in range(num_chunks)]
 
-    def walk(mine: list[dict[str, Tensor]]) -> Batches:
+    def walk(mine: list[Batch]) -> Batches:
         while True:
             if not mine:
                 batch = next(batches, None)

@@ -1,6 +1,6 @@
 """Config -> Megatron-Core's process groups and model. The one place that knows its moving parts.
 
-    PretrainConfig --check_layout--> Layout --initialize--> process groups --build_model--> model chunks (DDP)
+PretrainConfig --check_layout--> Layout --initialize--> process groups --build_model--> model chunks (DDP)
 """
 
 import dataclasses

@@ -60,7 +60,8 @@ def check_schedule(config: PretrainConfig) -> tuple[int, int | None]:
         )
     if wsd_decay_steps and wsd_decay_steps + optimizer.warmup_steps > steps:
         raise InputError(
-            f"optimizer.warmup_steps {optimizer.warmup_steps} and decay_steps {wsd_decay_steps} exceed train.steps {steps}"
+            f"optimizer.warmup_steps {optimizer.warmup_steps} and decay_steps {wsd_decay_steps} are more than the "
+            f"train.steps {steps}; shorten one of them"
         )
     return decay_steps, wsd_decay_steps
 
@@ -105,7 +106,8 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None
     parameter, and looks for that step among the sharded tensors. Apex and Transformer Engine count per group.
     """
     parts = _parts(optimizer)
-    states = [loaded] if len(parts) == 1 else [loaded[i] for i in range(len(parts))]
+    # A chain of optimizers (experts have their own) is stored by number.
+    states = [loaded] if len(parts) == 1 else list(loaded.values())
     adams = {id(inner) for inner in _torch_adams(optimizer)}
     for part, state in zip(parts, states, strict=True):
         param_state = state.pop("param_state", None)

@@ -75,7 +75,9 @@ def _moe_layers(model: ModelConfig) -> int:
     return -(-model.num_layers // frequency)
 
 
-def memory_per_rank(config: PretrainConfig, layout: Layout, count: ParameterCount, padded_vocab: int) -> dict[str, float]:
+def memory_per_rank(
+    config: PretrainConfig, layout: Layout, count: ParameterCount, padded_vocab: int
+) -> dict[str, float]:
     """Bytes on the fullest rank (first or last stage): weights, gradients, optimizer, activations, logits.
 
     Activations by the 34 s b h bytes a layer of bf16 of arXiv:2205.05198 without the s^2 terms, which torch's and
@@ -124,7 +126,7 @@ def describe(config: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int
         "pipeline": f"{stages} chunks of {config.model.num_layers / stages:g} layers, "
         f"{layout.num_microbatches} microbatches, bubble {bubble:.1%}",
         "memory per rank": f"{total / GIB:.2f} GiB, estimated ({parts})",
-        "step": f"{train.global_batch} sequences x {config.data.seq_length} = {step_tokens:,} tokens, {train.precision}",
+        "step": f"{train.global_batch} x {config.data.seq_length} = {step_tokens:,} tokens, {train.precision}",
         "run": f"{train.steps:,} steps, {train.steps * step_tokens:,} tokens{epochs}",
         "schedule": f"{config.optimizer.schedule}, lr {config.optimizer.lr:g} -> {config.optimizer.min_lr:g}, "
         f"warm-up {config.optimizer.warmup_steps} steps",

@@ -8,13 +8,11 @@ Run it alone or under torchrun; the same command continues a run that was stoppe
 import dataclasses
 import math
 import os
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
@@ -30,6 +28,8 @@ from megatron_ptrl.training.generate import generate
 from megatron_ptrl.training.layout import Layout, check_layout
 from megatron_ptrl.training.optimizer import build_optimizer, build_scheduler, check_schedule
 from megatron_ptrl.training.runlog import RunLog
+from megatron_ptrl.training.signals import Signals
+from megatron_ptrl.training.summary import summary
 
 
 def run(config: PretrainConfig) -> None:
@@ -43,7 +43,9 @@ def run(config: PretrainConfig) -> None:
     if not config.data.train:
         raise InputError("data.train is empty; expected the prefix of a .bin/.idx pair, as `ptrl tokenize` writes it")
     if config.sample.tokens and getattr(config.model, "mtp_num_layers", None):
-        raise InputError("sample.tokens with model.mtp_num_layers: Megatron-Core gives no logits there; set sample.tokens 0")
+        raise InputError(
+            "sample.tokens with model.mtp_num_layers: Megatron-Core gives no logits there; set sample.tokens 0"
+        )
     tokenizer = resolve_tokenizer(config.data)
     mcore.initialize(config)
     try:
@@ -87,7 +89,8 @@ class Pretraining:
         self.chunks = mcore.build_model(config, self.tokenizer.vocab_size)
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer)
-        self.signals = _Signals()
+        self.signals = Signals()
+        self.held_out: dict[str, float] = {}
         self.progress, notes = self._restore()
         self.log = self._open_log()
         for note in notes:
@@ -131,6 +134,10 @@ class Pretraining:
             checkpoint.check_same_model(found.path, self.config.model, self.tokenizer.vocab_size)
             progress, whole = checkpoint.load(found.path, self.chunks, self.optimizer, self.scheduler)
             notes.append(f"continuing from {found.path} (step {progress.step})")
+            saved, now = checkpoint.read_manifest(found.path)["sample_order"], self._sample_order()
+            changed = [name for name in now if saved.get(name) != now[name]]
+            if changed:
+                notes.append(f"{', '.join(changed)} changed since: the samples come in another order, some seen before")
             if not whole:
                 notes.append("the layout differs from the one that saved it: the random state of dropout starts anew")
             return progress, notes
@@ -147,6 +154,18 @@ class Pretraining:
         checkpoint.check_same_model(found.path, self.config.model, self.tokenizer.vocab_size)
         checkpoint.load_weights(found.path, self.chunks, self.optimizer)
         return Progress(), [*notes, f"starting from the weights of {found.path}"]
+
+    def _sample_order(self) -> dict[str, Any]:
+        """What the order of the training samples follows from."""
+        data, train = self.config.data, self.config.train
+        return {
+            "data.train": [str(item) for item in data.train],
+            "data.valid": data.valid,
+            "data.split": data.split,
+            "data.seq_length": data.seq_length,
+            "train.seed": train.seed,
+            "train.steps x global_batch": train.steps * train.global_batch,
+        }
 
     def _open_log(self) -> RunLog | None:
         if dist.get_rank() != 0:
@@ -220,12 +239,13 @@ class Pretraining:
         means = loop.evaluate(self.config, self.chunks, batches, rounds)
         figures = {f"valid_{name}": value for name, value in means.items()}
         figures["valid_perplexity"] = math.exp(min(means["ce"], 700.0))
-        self._held_out = {"step": self.progress.step, **figures}
+        self.held_out = {"step": self.progress.step, **figures}
         if self.log:
             if record:
-                self.log.record(self._held_out)
+                self.log.record(self.held_out)
             self.say(
-                f"step {self.progress.step}: held-out ce {means['ce']:.4f}, perplexity {figures['valid_perplexity']:.2f}"
+                f"step {self.progress.step}: held-out ce {means['ce']:.4f}, "
+                f"perplexity {figures['valid_perplexity']:.2f}"
             )
 
     def _save(self) -> None:
@@ -233,6 +253,7 @@ class Pretraining:
             "model": checkpoint.model_fields(self.config.model),
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer": self.tokenizer.sha256,
+            "sample_order": self._sample_order(),
         }
         path = checkpoint.save(
             self.checkpoints,
@@ -249,7 +270,9 @@ class Pretraining:
         text = self._sample()
         if not self.log:
             return
-        self.say(self._summary(figures, seconds))
+        unigram = unigram_cross_entropy(self.train_data, self.valid_data) if self.valid_data else None
+        tokens = self.progress.consumed_samples * self.config.data.seq_length
+        self.say(summary(figures, self.held_out, unigram, steps=self.progress.step, tokens=tokens, seconds=seconds))
         if self.config.log.plots:
             from megatron_ptrl.evaluation.report import draw_plots
 
@@ -263,65 +286,8 @@ class Pretraining:
         if not sample.tokens:
             return None
         prompt = [self.tokenizer.eod, *self.tokenizer.encode(sample.prompt)]
-        new = generate(
-            self.config, self.chunks, prompt, vocab_size=self.tokenizer.vocab_size, eod=self.tokenizer.eod
-        )
+        new = generate(self.config, self.chunks, prompt, vocab_size=self.tokenizer.vocab_size, eod=self.tokenizer.eod)
         return sample.prompt + self.tokenizer.decode(new)
-
-    def _summary(self, figures: dict[str, float], seconds: float) -> str:
-        held_out = getattr(self, "_held_out", {})
-        rows: list[tuple[str, str]] = []
-        if held_out:
-            unigram = unigram_cross_entropy(self.train_data, self.valid_data)
-            rows += [
-                ("held-out cross entropy", f"{held_out['valid_ce']:.4f} nats a token"),
-                ("held-out perplexity", f"{held_out['valid_perplexity']:.2f}"),
-                ("unigram perplexity", f"{math.exp(unigram):.2f}"),
-            ]
-            for name, label in (
-                ("valid_entropy", "entropy"),
-                ("valid_target_probability", "target probability"),
-                ("valid_head_mass", "head mass"),
-                ("valid_tail_mass", "tail mass"),
-                ("valid_loss", "shaped loss"),
-            ):
-                if name in held_out:
-                    rows.append((f"held-out {label}", f"{held_out[name]:.4f}"))
-        if figures:
-            rows += [
-                ("training cross entropy", f"{figures['ce']:.4f} nats a token (last step)"),
-                ("tokens/s", f"{figures['tokens_per_second']:,.0f} (last step)"),
-            ]
-        rows.append(("steps, tokens", f"{self.progress.step:,}, {self._tokens():,}"))
-        rows.append(("this call", f"{seconds:.0f} s of training and evaluation"))
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows), ""])
-
-    def _tokens(self) -> int:
-        return self.progress.consumed_samples * self.config.data.seq_length
-
-
-class _Signals:
-    """SIGUSR1 saves and goes on, SIGTERM saves and stops; all ranks act in the same step."""
-
-    def __init__(self) -> None:
-        self._save = self._stop = False
-        signal.signal(signal.SIGUSR1, self._on_save)
-        signal.signal(signal.SIGTERM, self._on_stop)
-
-    def _on_save(self, *_: Any) -> None:
-        self._save = True
-
-    def _on_stop(self, *_: Any) -> None:
-        self._stop = True
-
-    def agree(self) -> tuple[bool, bool]:
-        """(save now, stop now), if any rank was told so since the last call. One all-reduce of two bytes."""
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        told = torch.tensor([self._save, self._stop], dtype=torch.uint8, device=device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        self._save = False
-        return bool(told[0]), bool(told[1])
 
 
 def _because(notes: list[str]) -> str:
@@ -334,7 +300,8 @@ def _plain(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == "model":
-            plain["model"] = checkpoint.model_fields(value)
-        else:
-            plain[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            value = checkpoint.model_fields(value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        plain[field.name] = value
     return plain

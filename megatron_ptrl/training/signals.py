@@ -1,0 +1,30 @@
+"""SIGUSR1 and SIGTERM -> a decision that all ranks take in the same step."""
+
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Signals:
+    """SIGUSR1 saves and goes on, SIGTERM saves and stops; all ranks act in the same step."""
+
+    def __init__(self) -> None:
+        self._save = self._stop = False
+        signal.signal(signal.SIGUSR1, self._on_save)
+        signal.signal(signal.SIGTERM, self._on_stop)
+
+    def _on_save(self, *_: Any) -> None:
+        self._save = True
+
+    def _on_stop(self, *_: Any) -> None:
+        self._stop = True
+
+    def agree(self) -> tuple[bool, bool]:
+        """(save now, stop now), if any rank was told so since the last call. One all-reduce of two bytes."""
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        told = torch.tensor([self._save, self._stop], dtype=torch.uint8, device=device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        self._save = False
+        return bool(told[0]), bool(told[1])
