@@ -37,7 +37,7 @@ def parse(config_class: type, argv: list[str], *, prog: str, positional: str | N
     Raises InputError for a key that does not exist (naming the nearest one) or a value of the wrong type.
     """
     flags, bare = (argv, []) if positional is None else _split_bare(argv)
-    flags = _join_lists(flags, _list_fields(config_class))
+    flags = _complete_values(flags, _fields_of_type("list[", config_class), _fields_of_type("bool", config_class))
     parser = _Parser(prog=prog, description=config_class.__doc__, exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(_with_megatron_fields(config_class), None, as_group=True)
@@ -60,38 +60,41 @@ def _split_bare(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[first_flag:], argv[:first_flag]
 
 
-def _list_fields(config_class: type, prefix: str = "") -> set[str]:
-    """Dotted names of the fields that hold a list."""
+def _fields_of_type(words: str, config_class: type, prefix: str = "") -> set[str]:
+    """Dotted names of the fields whose type contains `words`."""
     found = set()
     for name, hint in typing.get_type_hints(config_class).items():
         if dataclasses.is_dataclass(hint):
-            found |= _list_fields(typing.cast(type, hint), f"{prefix}{name}.")
-        elif "list[" in str(hint):
+            found |= _fields_of_type(words, typing.cast(type, hint), f"{prefix}{name}.")
+        elif words in str(hint):
             found.add(prefix + name)
     return found
 
 
-def _join_lists(argv: list[str], list_fields: set[str]) -> list[str]:
-    """`--input A B` -> `--input=["A", "B"]`, the form that jsonargparse takes for a list."""
-    joined: list[str] = []
-    words = iter(argv)
-    held: list[str] | None = None
-    for word in words:
-        if word.startswith("--"):
-            if held is not None:
-                joined[-1] += json.dumps(held)
-            held = [] if word[2:] in list_fields else None
-            joined.append(word + "=" if held is not None else word)
-        elif held is not None and not word.startswith("["):
-            held.append(word)
-        elif held is not None:
-            joined[-1] += word
-            held = None
+def _complete_values(argv: list[str], lists: set[str], switches: set[str]) -> list[str]:
+    """`--input A B` -> `--input=["A", "B"]` and a bare `--dry_run` -> `--dry_run=true`, as jsonargparse has them."""
+    completed: list[str] = []
+    for flag, values in _by_flag(argv):
+        name = flag.removeprefix("--")
+        if name in lists and not (len(values) == 1 and values[0].startswith("[")):
+            completed.append(f"{flag}={json.dumps(values)}")
+        elif name in switches and not values:
+            completed.append(f"{flag}=true")
         else:
-            joined.append(word)
-    if held is not None:
-        joined[-1] += json.dumps(held)
-    return joined
+            completed += [f"{flag}={values[0]}", *values[1:]] if values else [flag]
+    return completed
+
+
+def _by_flag(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """Each word that starts with `--`, and what stands behind its `=` or before the next one."""
+    found: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") or not found:
+            flag, equals, value = word.partition("=")
+            found.append((flag, [value] if equals else []))
+        else:
+            found[-1][1].append(word)
+    return found
 
 
 def _field_names(config_class: type) -> set[str]:

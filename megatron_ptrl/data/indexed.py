@@ -115,7 +115,7 @@ def load_blend(items: Sequence[str | float]) -> list[tuple[float, str]]:
             )
     else:
         prefixes = words
-        weights = [float(_count_tokens(prefix)) for prefix in prefixes]
+        weights = [float(count_tokens(prefix)) for prefix in prefixes]
     parts = [weight or 0.0 for weight in weights]
     for weight, prefix in zip(parts, prefixes, strict=True):
         if not (math.isfinite(weight) and weight > 0):
@@ -123,7 +123,8 @@ def load_blend(items: Sequence[str | float]) -> list[tuple[float, str]]:
     return [(weight / sum(parts), prefix) for weight, prefix in zip(parts, prefixes, strict=True)]
 
 
-def _count_tokens(prefix: str) -> int:
+def count_tokens(prefix: str) -> int:
+    """Tokens of a pair, by its index. Raises InputError as `open_indexed` does."""
     # The arrays of a dataset lie in a map that closes with it, so it must outlive the sum.
     dataset, _ = open_indexed(prefix)
     return int(dataset.sequence_lengths.sum(dtype=numpy.int64))

@@ -107,14 +107,14 @@ def memory_per_rank(
     }
 
 
-def describe(config: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int, data_tokens: int | None) -> str:
+def describe(config: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int, data_tokens: int) -> str:
     """The dry run's text."""
     parallel, train = config.parallel, config.train
     count = count_parameters(config.model, padded_vocab, ffn)
     memory = memory_per_rank(config, layout, count, padded_vocab)
     step_tokens = train.global_batch * config.data.seq_length
     total = sum(memory.values())
-    epochs = f" = {train.steps * step_tokens / data_tokens:.2f} passes over the training text" if data_tokens else ""
+    passes = train.steps * step_tokens / data_tokens
     stages = parallel.pp * (parallel.vpp or 1)
     bubble = (parallel.pp - 1) / (layout.num_microbatches * (parallel.vpp or 1) + parallel.pp - 1)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
@@ -127,7 +127,7 @@ def describe(config: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int
         f"{layout.num_microbatches} microbatches, bubble {bubble:.1%}",
         "memory per rank": f"{total / GIB:.2f} GiB, estimated ({parts})",
         "step": f"{train.global_batch} x {config.data.seq_length} = {step_tokens:,} tokens, {train.precision}",
-        "run": f"{train.steps:,} steps, {train.steps * step_tokens:,} tokens{epochs}",
+        "run": f"{train.steps:,} steps, {train.steps * step_tokens:,} tokens = {passes:.2f} passes over data.train",
         "schedule": f"{config.optimizer.schedule}, lr {config.optimizer.lr:g} -> {config.optimizer.min_lr:g}, "
         f"warm-up {config.optimizer.warmup_steps} steps",
         "loss": f"{config.loss.impl}, beta {config.loss.beta:g}, lambda_head {config.loss.lambda_head:g}, "

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 
 from megatron_ptrl.config import PretrainConfig
 from megatron_ptrl.data.batches import build_datasets, microbatches, unigram_cross_entropy
-from megatron_ptrl.data.indexed import resolve_tokenizer
+from megatron_ptrl.data.indexed import count_tokens, load_blend, resolve_tokenizer
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint, loop, mcore, plan
@@ -63,7 +63,8 @@ def _dry_run(config: PretrainConfig, launched: int) -> str:
         raise InputError("data.train is empty; the dry run reads the vocabulary from its tokenizer")
     tokenizer = resolve_tokenizer(config.data)
     padded = mcore.padded_vocab_size(tokenizer.vocab_size, config.model, parallel.tp)
-    return plan.describe(config, layout, padded, mcore.ffn_size(config.model), data_tokens=None)
+    tokens = sum(count_tokens(prefix) for _, prefix in load_blend(config.data.train))
+    return plan.describe(config, layout, padded, mcore.ffn_size(config.model), tokens)
 
 
 @dataclass
