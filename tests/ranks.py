@@ -112,9 +112,10 @@ class Ranks:
 
     def close(self) -> None:
         """Ends the processes; the next call starts new ones."""
-        for process, connection in self._workers:
+        for _, connection in self._workers:
             with contextlib.suppress(OSError):
                 connection.send(None)
+        for process, connection in self._workers:
             process.join(GRACE)
             if process.is_alive():
                 process.kill()

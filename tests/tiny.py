@@ -133,7 +133,7 @@ def assert_close_metrics(actual: list[Metrics], expected: list[Metrics], toleran
     """Equal step by step to the relative tolerance that each figure has; the message names the worst one."""
     assert [row["step"] for row in actual] == [row["step"] for row in expected]
     worst = {
-        name: max(abs(a[name] - e[name]) / abs(e[name]) for a, e in zip(actual, expected, strict=True))
+        name: max(abs(a[name] - e[name]) / (abs(e[name]) or 1.0) for a, e in zip(actual, expected, strict=True))
         for name in tolerances
     }
     failed = {name: error for name, error in worst.items() if not error <= tolerances[name]}
