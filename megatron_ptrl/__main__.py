@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if stage is None:
             raise InputError(f"there is no stage {name}; expected one of {', '.join(_STAGES)}")
+        _silence_megatron()
         if stage.trains:
-            _prepare_for_megatron()
+            _prepare_for_training()
         from megatron_ptrl import config
         from megatron_ptrl.cli import parse
 
@@ -59,13 +60,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _prepare_for_megatron() -> None:
-    from megatron_ptrl.training import host
-
-    # Every rank would say it again; `ptrl doctor` says it once, with what it costs.
+def _silence_megatron() -> None:
+    # Every process would say it again; `ptrl doctor` says it once, with what it costs.
     warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine).*")
     # Megatron-Core calls collectives by names that torch 2.13 renamed.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+
+
+def _prepare_for_training() -> None:
+    from megatron_ptrl.training import host
+
     if host.install_if_no_cuda():
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
 

@@ -140,7 +140,7 @@ class ParallelConfig:
     vpp: int | None = None
     """Model chunks per pipeline stage (interleaved schedule); null for one."""
     cp: int = 1
-    """Context-parallel size; needs Transformer Engine's layers."""
+    """Context-parallel size."""
     ep: int = 1
     """Expert-parallel size (mixture of experts)."""
     etp: int | None = None

@@ -2,8 +2,8 @@
 
 `install()` is called once, before Megatron-Core is imported, and only where torch sees no CUDA device; with one it
 refuses. What it changes, all of it in this file:
-  - torch calls that name a CUDA device (`device="cuda"`, `.cuda()`, `.to("cuda")`) stay on the CPU, and
-    `Tensor.type()` gives the "torch.cuda.*" name that Megatron's optimizer compares with;
+  - torch calls that name a CUDA device (`device="cuda"`, `.cuda()`, `.to("cuda")`) or pinned memory stay on the CPU,
+    and `Tensor.type()` gives the "torch.cuda.*" name that Megatron's optimizer compares with;
   - `torch.cuda`'s queries, streams, events, memory counters and random-number calls get a CPU answer;
     `torch.cuda.is_available()` stays False;
   - Megatron's random-number tracker keeps the CPU generator's state, and its inference communication takes CPU
@@ -64,6 +64,8 @@ class _OnHost(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.")
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _host_device(kwargs["device"])}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to:
             args = tuple(_host_device(argument) for argument in args)
         return func(*args, **kwargs)

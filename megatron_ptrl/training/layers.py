@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_ptrl.config import PretrainConfig
 from megatron_ptrl.errors import InputError
 
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -32,12 +34,31 @@ def has_transformer_engine() -> bool:
     return find_spec("transformer_engine") is not None and torch.version.cuda is not None
 
 
+def check_supported(config: PretrainConfig) -> None:
+    """InputError where the layers that this machine has cannot do what the config asks."""
+    if has_transformer_engine():
+        if config.parallel.cp > 1 and config.data.isolate_documents:
+            raise InputError(
+                f"parallel.cp {config.parallel.cp} with data.isolate_documents: Transformer Engine's attention takes no "
+                "mask there; use one of the two, or the local layers by uninstalling it"
+            )
+    elif config.model.normalization != "RMSNorm":
+        raise InputError(
+            f"model.normalization is {config.model.normalization}; the layers without Transformer Engine have RMSNorm "
+            "only; pip install megatron-ptrl[te], or set RMSNorm"
+        )
+
+
 class ScaledDotProductAttention(torch.nn.Module):
-    """Core attention by torch, with grouped queries, a KV cache and a per-row mask.
+    """Core attention by torch, with grouped queries, a KV cache, a per-row mask and context parallelism.
 
     query: (s, b, heads, d)   key, value: (s_total, b, groups, d), s_total > s when the keys include a cache
     attention_mask: bool, broadcastable to (b, heads, s, s_total), True where attention is forbidden; None is causal
     returns: (s, b, heads * d)
+
+    Context parallel ranks hold the chunks r and 2 cp - 1 - r of a sequence and gather the keys and values of all; the
+    mask then has this rank's rows and all columns in the order of the text. Cost: two all-gathers of s b groups d
+    forward, two reduce-scatters backward, and the keys of the whole sequence in memory; no ring.
     """
 
     def __init__(
@@ -48,25 +69,29 @@ class ScaledDotProductAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **unused: Any,
     ) -> None:
         super().__init__()
         self.softmax_scale = config.softmax_scale if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
     ) -> Tensor:
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (b, heads, s, d)
-        s, s_total = query.shape[2], key.shape[2]
-        causal = attention_mask is None and s == s_total
-        if attention_mask is not None:
-            allowed = ~attention_mask
-        elif not causal:
+        if self.cp_group is not None:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+        s, s_total = query.shape[0], key.shape[0]
+        allowed = None if attention_mask is None else ~attention_mask
+        if self.cp_group is not None:
+            here, everywhere = _positions(s, self.cp_group, query.device)
+            causal = everywhere <= here[:, None]
+            allowed = causal if allowed is None else allowed[..., everywhere]
+        elif allowed is None and s < s_total:
             # torch aligns is_causal at the top left; the last query must see the last key.
             allowed = torch.ones(s, s_total, dtype=torch.bool, device=query.device).tril(s_total - s)
-        else:
-            allowed = None
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (b, heads, s, d)
         dropout = self.dropout if self.training else 0.0
         with _dropout_stream(dropout):
             context = F.scaled_dot_product_attention(
@@ -75,11 +100,19 @@ class ScaledDotProductAttention(torch.nn.Module):
                 value,
                 attn_mask=allowed,
                 dropout_p=dropout,
-                is_causal=causal,
+                is_causal=allowed is None,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         return context.permute(2, 0, 1, 3).reshape(s, context.shape[0], -1)
+
+
+def _positions(s: int, cp_group: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where in the text this rank's queries are, and the gathered keys of all ranks in their order: (s,), (s cp,)."""
+    cp, half = cp_group.size(), torch.arange(s // 2, device=device)
+    chunks = torch.tensor([[rank, 2 * cp - 1 - rank] for rank in range(cp)], device=device)
+    everywhere = (chunks[..., None] * (s // 2) + half).view(cp, s)
+    return everywhere[cp_group.rank()], everywhere.view(-1)
 
 
 def _dropout_stream(dropout: float) -> Any:
@@ -112,14 +145,7 @@ class SeededTransformerLayer(TransformerLayer):
 
 
 def decoder_spec(config: TransformerConfig, *, use_te: bool, isolate_documents: bool, vp_stage: int | None) -> Any:
-    """Spec of the layers that this pipeline stage and chunk build.
-
-    Raises InputError for a norm that the local layers do not have.
-    """
-    if not use_te and config.normalization != "RMSNorm":
-        raise InputError(
-            f"model.normalization is {config.normalization}; the layers without Transformer Engine have RMSNorm only"
-        )
+    """Spec of the layers that this pipeline stage and chunk build."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
     )

@@ -1,7 +1,6 @@
 """How the ranks are laid out, and whether that can work: asked before anything is built."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from megatron_ptrl.config import PretrainConfig
@@ -17,9 +16,9 @@ class Layout:
     num_microbatches: int
 
 
-def check_layout(config: PretrainConfig, world_size: int, *, has_transformer_engine: bool | None = None) -> Layout:
+def check_layout(config: PretrainConfig, world_size: int) -> Layout:
     """The layout of `world_size` ranks, or InputError with the reason why it cannot work."""
-    parallel, train, data = config.parallel, config.train, config.data
+    parallel, train = config.parallel, config.train
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if world_size % model_ranks:
         raise InputError(
@@ -37,15 +36,6 @@ def check_layout(config: PretrainConfig, world_size: int, *, has_transformer_eng
     _check_tensor(config)
     _check_pipeline(config, layout)
     _check_experts(config, layout)
-    if parallel.cp > 1:
-        available = find_spec("transformer_engine") is not None
-        if not (available if has_transformer_engine is None else has_transformer_engine):
-            raise InputError(
-                f"parallel.cp is {parallel.cp}, which needs Transformer Engine's attention and it is not installed; "
-                "pip install megatron-ptrl[te], or set parallel.cp 1"
-            )
-        if data.isolate_documents:
-            raise InputError("parallel.cp > 1 with data.isolate_documents: its mask cannot be split; use one of them")
     return layout
 
 

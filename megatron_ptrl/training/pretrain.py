@@ -22,7 +22,7 @@ from megatron_ptrl.data.batches import build_datasets, microbatches, unigram_cro
 from megatron_ptrl.data.indexed import count_tokens, load_blend, resolve_tokenizer
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.training import checkpoint, loop, mcore, plan
+from megatron_ptrl.training import checkpoint, layers, loop, mcore, plan
 from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.generate import generate
 from megatron_ptrl.training.layout import Layout, check_layout
@@ -39,12 +39,17 @@ def run(config: PretrainConfig) -> None:
         print(_dry_run(config, world_size))
         return
     layout = check_layout(config, world_size)
+    layers.check_supported(config)
     check_schedule(config)
     if not config.data.train:
         raise InputError("data.train is empty; expected the prefix of a .bin/.idx pair, as `ptrl tokenize` writes it")
     if config.sample.tokens and getattr(config.model, "mtp_num_layers", None):
         raise InputError(
             "sample.tokens with model.mtp_num_layers: Megatron-Core gives no logits there; set sample.tokens 0"
+        )
+    if config.sample.tokens and config.parallel.cp > 1:
+        raise InputError(
+            "sample.tokens with parallel.cp > 1: a sample is generated without context parallelism; set it to 0"
         )
     tokenizer = resolve_tokenizer(config.data)
     mcore.initialize(config)
@@ -57,7 +62,7 @@ def run(config: PretrainConfig) -> None:
 def _dry_run(config: PretrainConfig, launched: int) -> str:
     parallel = config.parallel
     smallest = parallel.tp * parallel.pp * parallel.cp
-    layout = check_layout(config, config.dry_run_world_size or max(launched, smallest), has_transformer_engine=True)
+    layout = check_layout(config, config.dry_run_world_size or max(launched, smallest))
     check_schedule(config)
     if not config.data.train:
         raise InputError("data.train is empty; the dry run reads the vocabulary from its tokenizer")
