@@ -2,7 +2,7 @@
 #
 #   PYTHON     interpreter that makes .venv, 3.10 or newer       make quickstart PYTHON=python3.12
 #   WORK_DIR   where the quickstart keeps its data and runs      make quickstart WORK_DIR=/tmp/first
-#   ARGS       handed to pytest                                  make test ARGS='-k report'
+#   ARGS       handed to what the target runs                    make test ARGS='-k report'
 #   MAX_JOBS   compilers at once while the kernels are built
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
 quickstart: .venv/.ready ## Set up, then go from real text to a small trained GPT
-	@$(BIN)/python examples/quickstart/run.py --work_dir $(WORK_DIR)
+	@$(BIN)/python examples/quickstart/run.py --work_dir $(WORK_DIR) $(ARGS)
 
 test: .venv/.ready-dev ## Run the tests
 	@$(BIN)/python -m pytest -q $(ARGS)

@@ -30,7 +30,7 @@ def main() -> None:
         run([sys.executable, HERE / "collect_stdlib.py", corpus, "--megabytes", arguments.megabytes])
     if not prefix.with_suffix(".idx").exists():
         tokenize = [sys.executable, "-m", "megatron_ptrl", "tokenize"]
-        run([*tokenize, "--input", corpus, "--output", prefix, "--vocab_size", 4096, "--workers", 2])
+        run([*tokenize, "--input", corpus, "--output", prefix, "--vocab_size", 4096])
     pretrain = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     pretrain += ["-m", "megatron_ptrl", "pretrain", "--config", HERE / "config.yaml"]
     pretrain += ["--data.train", prefix, "--run_dir", work / "run"]

@@ -1,0 +1,56 @@
+"""Every block of the README is run here, run by CI, or says what it needs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", README, re.DOTALL)
+HERE = "run by tests/test_readme.py"
+MAKE_TARGETS_OF_CI = {"quickstart", "test", "lint"}
+
+
+def test_every_block_says_who_runs_it() -> None:
+    assert len(BLOCKS) >= 6
+    for mark, _, code in BLOCKS:
+        assert mark in (HERE, "run by CI") or mark.startswith("needs: "), f"unmarked block:\n{code}"
+
+
+def test_python_blocks_run_and_the_equivalence_holds() -> None:
+    names: dict = {}
+    for mark, language, code in BLOCKS:
+        if language == "python" and mark == HERE:
+            exec(code, names)
+    torch.testing.assert_close(names["loss"], names["expected"])
+
+
+@pytest.mark.slow
+def test_shell_blocks_run(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    library = Path(os.__file__).parent
+    for name in ("argparse", "ast", "inspect", "typing"):
+        (tmp_path / "corpus" / f"{name}.txt").write_text((library / f"{name}.py").read_text())
+    more = subprocess.run(
+        ["gzip", "-c"], input=b'{"text": "one more document"}\n' * 20, capture_output=True, check=True
+    ).stdout
+    (tmp_path / "more.jsonl.gz").write_bytes(more)
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for mark, language, code in BLOCKS:
+        if language == "bash" and mark == HERE:
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", code],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    plots = {path.name for path in (tmp_path / "comparison").glob("*.png")}
+    assert {"loss.png", "ce.png", "entropy.png"} <= plots
