@@ -39,8 +39,8 @@ def check_supported(config: PretrainConfig) -> None:
     if has_transformer_engine():
         if config.parallel.cp > 1 and config.data.isolate_documents:
             raise InputError(
-                f"parallel.cp {config.parallel.cp} with data.isolate_documents: Transformer Engine's attention takes no "
-                "mask there; use one of the two, or the local layers by uninstalling it"
+                f"parallel.cp {config.parallel.cp} with data.isolate_documents: Transformer Engine takes no mask "
+                "there; use one of the two"
             )
     elif config.model.normalization != "RMSNorm":
         raise InputError(
