@@ -1,0 +1,83 @@
+"""The layer that answers CUDA calls on a CPU: what it redirects, and that a machine with CUDA never sees it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+WITH_CUDA = """
+import torch
+from megatron_ptrl.training import host
+
+torch.cuda.is_available = lambda: True
+before = {name: getattr(torch.cuda, name) for name in dir(torch.cuda)}
+assert host.install_if_no_cuda() is False
+try:
+    host.install()
+except RuntimeError as error:
+    assert "without CUDA" in str(error)
+else:
+    raise SystemExit("install() accepted a machine with CUDA")
+assert not host.active()
+assert {name: getattr(torch.cuda, name) for name in dir(torch.cuda)} == before
+assert torch.overrides._get_current_function_mode_stack() == []
+assert torch.zeros(1).type() == "torch.FloatTensor"
+"""
+
+
+def test_a_machine_with_cuda_is_left_alone():
+    result = subprocess.run([sys.executable, "-c", WITH_CUDA], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def redirected(rank: int, world_size: int) -> dict[str, object]:
+    from megatron_ptrl.training import host
+
+    first, again = host.install_if_no_cuda(), host.install_if_no_cuda()
+    x = torch.arange(4.0)
+    event, later = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    event.record()
+    later.record()
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    drawn = torch.rand(5)
+    torch.cuda.set_rng_state(state)
+    drawn_again = torch.rand(5)
+    made = {
+        "zeros": torch.zeros(2, device="cuda"),
+        "tensor": torch.tensor([1, 2], device=torch.device("cuda", 0)),
+        "current": torch.empty(2, device=torch.cuda.current_device()),
+        "cuda": x.cuda(),
+        "cuda 0": x.cuda(0, non_blocking=True),
+        "to": x.to("cuda"),
+        "to device=": x.to(device="cuda:0", dtype=torch.float64),
+        "like": torch.zeros_like(x, device="cuda"),
+        "module": torch.nn.Linear(2, 2, device="cuda").weight,
+    }
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+    return {
+        "active": (first, again, host.active(), len(host._installed)),
+        "available": torch.cuda.is_available(),
+        "devices": {name: tensor.device.type for name, tensor in made.items()},
+        "dtype": made["to device="].dtype,
+        "same": made["cuda"] is x,
+        "types": (x.type(), x.bfloat16().type(), x.type(torch.float64).dtype),
+        "milliseconds": event.elapsed_time(later),
+        "random": torch.equal(drawn_again, drawn),
+        "memory": torch.cuda.max_memory_allocated(),
+    }
+
+
+def test_what_names_a_cuda_device_stays_on_the_cpu(ranks):
+    if torch.cuda.is_available():
+        pytest.skip("the layer refuses a machine with CUDA")
+    answer = ranks.run(1, redirected)[0]
+    assert answer["active"] == (True, True, True, 1)
+    assert answer["available"] is False
+    assert set(answer["devices"].values()) == {"cpu"}
+    assert answer["dtype"] == torch.float64 and answer["same"]
+    assert answer["types"] == ("torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", torch.float64)
+    assert 0 <= answer["milliseconds"] < 1000
+    assert answer["random"] and answer["memory"] == 0
