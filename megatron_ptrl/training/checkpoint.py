@@ -27,6 +27,7 @@ from megatron_ptrl.training.optimizer import fill_adam_state, load_optimizer
 
 MANIFEST = "run.json"
 _NAME = re.compile(r"step_(\d{8})")
+_PARTIALS = ".step_*.partial"
 # In this format the optimizer's state is stored by parameter, so that any other layout can load it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -50,16 +51,19 @@ class Found:
 def newest_whole(directory: Path) -> Found:
     """The checkpoint with the highest step whose every file has the size that was written."""
     passed_over: list[str] = []
-    if _NAME.fullmatch(directory.name):
-        candidates = [directory]
-    else:
-        candidates = [p for p in directory.glob("step_*") if _NAME.fullmatch(p.name)]
+    candidates = [directory] if _NAME.fullmatch(directory.name) else named(directory)
+    passed_over += [f"{path}: its save was cut short" for path in sorted(directory.glob(_PARTIALS))]
     for path in sorted(candidates, reverse=True):
         defect = _defect(path)
         if defect is None:
             return Found(path, passed_over)
         passed_over.append(f"{path}: {defect}")
     return Found(None, passed_over)
+
+
+def named(directory: Path) -> list[Path]:
+    """The checkpoints of a directory by their names, whole or not."""
+    return [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)]
 
 
 def _defect(path: Path) -> str | None:
@@ -101,7 +105,7 @@ def save(
     if _ask_rank_0(lambda: _defect(path) is None):
         return path
     if dist.get_rank() == 0:
-        for leftover in [path, *directory.glob(".step_*.partial")]:
+        for leftover in [path, *directory.glob(_PARTIALS)]:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -114,7 +118,7 @@ def save(
         manifest = {**dataclasses.asdict(progress), **about, "layout": _layout(), "files": files}
         _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
         os.replace(partial, path)
-        _prune(directory, keep)
+        _prune(directory, progress.step, keep)
     dist.barrier()
     return path
 
@@ -222,9 +226,10 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _prune(directory: Path, keep: CheckpointConfig) -> None:
+def _prune(directory: Path, saved: int, keep: CheckpointConfig) -> None:
+    # Later ones than the one just saved are broken, else the run would have begun there: they must not crowd it out.
     steps = sorted((int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)))
-    for step, path in steps[: -keep.keep_last]:
+    for step, path in [(step, path) for step, path in steps if step <= saved][: -keep.keep_last]:
         if not (keep.keep_every and step % keep.keep_every == 0):
             shutil.rmtree(path)
 

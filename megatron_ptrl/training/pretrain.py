@@ -106,10 +106,12 @@ class Pretraining:
         """Train to the last step, or to a SIGTERM; then evaluate, save, summarise."""
         config, start = self.config, time.perf_counter()
         figures: dict[str, float] = {}
+        rates: list[float] = []
         batches = self._batches()
         stopped = False
         while self.progress.step < config.train.steps and not stopped:
             figures = self._step(batches)
+            rates.append(figures["tokens_per_second"])
             step = self.progress.step
             last = step == config.train.steps
             if last or (config.train.eval_every and step % config.train.eval_every == 0):
@@ -124,7 +126,7 @@ class Pretraining:
         if stopped:
             self.say(f"SIGTERM: saved at step {self.progress.step}; the same command continues")
         else:
-            self._finish(figures, time.perf_counter() - start)
+            self._finish(figures, rates, time.perf_counter() - start)
         if self.log:
             self.log.close()
 
@@ -147,6 +149,11 @@ class Pretraining:
             if not whole:
                 notes.append("the layout differs from the one that saved it: the random state of dropout starts anew")
             return progress, notes
+        if checkpoint.named(self.checkpoints):
+            raise InputError(
+                f"{self.checkpoints} has no whole checkpoint to continue from{_because(notes)}; restore one, or move the "
+                "directory away to start over"
+            )
         source = self.config.checkpoint.load
         if source is None:
             return Progress(), notes
@@ -272,13 +279,15 @@ class Pretraining:
         )
         self.say(f"saved {path}")
 
-    def _finish(self, figures: dict[str, float], seconds: float) -> None:
+    def _finish(self, figures: dict[str, float], rates: list[float], seconds: float) -> None:
         text = self._sample()
         if not self.log:
             return
         unigram = unigram_cross_entropy(self.train_data, self.valid_data) if self.valid_data else None
         tokens = self.progress.consumed_samples * self.config.data.seq_length
-        self.say(summary(figures, self.held_out, unigram, steps=self.progress.step, tokens=tokens, seconds=seconds))
+        self.say(
+            summary(figures, self.held_out, unigram, rates, steps=self.progress.step, tokens=tokens, seconds=seconds)
+        )
         if self.config.log.plots:
             from megatron_ptrl.evaluation.report import draw_plots
 

@@ -1,6 +1,7 @@
 """The table that a run ends with."""
 
 import math
+import statistics
 
 _HELD_OUT = {
     "valid_entropy": "held-out entropy",
@@ -15,12 +16,13 @@ def summary(
     last_step: dict[str, float],
     held_out: dict[str, float],
     unigram: float | None,
+    rates: list[float],
     *,
     steps: int,
     tokens: int,
     seconds: float,
 ) -> str:
-    """Held-out figures beside the unigram baseline (nats a token), the last step's, and what the run cost.
+    """Held-out figures beside the unigram baseline (nats a token), the last step's, the rates (tokens/s), the cost.
 
     Perplexity is that of the plain cross entropy; the shaped loss is shown as what it is.
     """
@@ -33,7 +35,7 @@ def summary(
         rows += [(label, f"{held_out[name]:.4f}") for name, label in _HELD_OUT.items() if name in held_out]
     if last_step:
         rows.append(("training cross entropy", f"{last_step['ce']:.4f} nats a token (last step)"))
-        rows.append(("tokens/s", f"{last_step['tokens_per_second']:,.0f} (last step)"))
+        rows.append(("tokens/s", f"{statistics.median(rates):,.0f} (median over the steps of this call)"))
     rows.append(("steps, tokens", f"{steps:,}, {tokens:,}"))
     rows.append(("this call", f"{seconds:.0f} s of training and evaluation"))
     width = max(len(name) for name, _ in rows)
