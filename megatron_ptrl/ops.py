@@ -45,8 +45,21 @@ def _served_by_kernels(x: Tensor) -> bool:
     """The kernels know bf16, fp16 and fp32, on the devices they were built for."""
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not load_kernels():
         return False
-    key = x.device.type.upper()
-    return key == "CPU" or torch._C._dispatch_has_kernel_for_dispatch_key("megatron_ptrl::reward_shaped_ce_stats", key)
+    return x.device.type == "cpu" or _has_kernels(x.device.type)
+
+
+@cache
+def _has_kernels(device: str) -> bool:
+    """Whether the library was built for this kind of device; told once where it was not."""
+    name = "megatron_ptrl::reward_shaped_ce_stats"
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
+    if not found and device != "meta":
+        warnings.warn(
+            f"megatron_ptrl has no kernels for {device}; its losses run there in torch operators, slower and with more "
+            "memory",
+            stacklevel=2,
+        )
+    return found
 
 
 def reward_shaped_ce_stats(
