@@ -165,6 +165,16 @@ def check_same_model(path: Path, model: ModelConfig, vocab_size: int) -> None:
             )
 
 
+def check_same_optimizer(path: Path, distributed: bool) -> None:
+    """InputError when the checkpoint's optimizer is stored in the other of Megatron's two forms."""
+    saved = read_manifest(path).get("distributed_optimizer", distributed)
+    if saved != distributed:
+        raise InputError(
+            f"{path} was saved with parallel.distributed_optimizer {str(saved).lower()}, this run has it "
+            f"{str(distributed).lower()}, which Megatron-Core cannot convert; use the checkpoint's value"
+        )
+
+
 _ONLY_AT_THE_START = {"init_method_std", "use_cpu_initialization", "hidden_dropout", "attention_dropout"}
 
 

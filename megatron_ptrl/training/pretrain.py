@@ -140,6 +140,7 @@ class Pretraining:
         notes = [f"not loaded: {reason}" for reason in found.passed_over]
         if found.path is not None:
             checkpoint.check_same_model(found.path, self.config.model, self.tokenizer.vocab_size)
+            checkpoint.check_same_optimizer(found.path, self.config.parallel.distributed_optimizer)
             progress, whole = checkpoint.load(found.path, self.chunks, self.optimizer, self.scheduler)
             notes.append(f"continuing from {found.path} (step {progress.step})")
             saved, now = checkpoint.read_manifest(found.path)["sample_order"], self._sample_order()
@@ -151,8 +152,8 @@ class Pretraining:
             return progress, notes
         if checkpoint.named(self.checkpoints):
             raise InputError(
-                f"{self.checkpoints} has no whole checkpoint to continue from{_because(notes)}; restore one, or move the "
-                "directory away to start over"
+                f"{self.checkpoints} has no whole checkpoint to continue from{_because(notes)}; restore one, or move "
+                "the directory away to start over"
             )
         source = self.config.checkpoint.load
         if source is None:
@@ -266,6 +267,7 @@ class Pretraining:
             "model": checkpoint.model_fields(self.config.model),
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer": self.tokenizer.sha256,
+            "distributed_optimizer": self.config.parallel.distributed_optimizer,
             "sample_order": self._sample_order(),
         }
         path = checkpoint.save(
