@@ -1,0 +1,271 @@
+"""Save and load: exact on the same layout, the same training on another, and never a silent start from nothing."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankError, Ranks
+from tiny import Settings, assert_close_metrics, pretraining, read_metrics, run_tiny, tiny_config
+
+STEPS = 8
+SAVED = 4
+DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain, fp32": (1, {"parallel__distributed_optimizer": False}),
+    "plain, bf16": (1, {"parallel__distributed_optimizer": False, "train__precision": "bf16"}),
+    "distributed, fp32, dp 2": (2, {}),
+    "distributed, bf16, dp 2": (2, {"train__precision": "bf16"}),
+    "distributed, bf16, tp 2 sp": (
+        2,
+        {"train__precision": "bf16", "parallel__tp": 2, "parallel__sequence_parallel": True},
+    ),
+    "distributed, fp32, pp 2 interleaved": (2, {"parallel__pp": 2, "parallel__vpp": 2}),
+}
+
+
+def tensors(state: Any, name: str = "") -> dict[str, Any]:
+    """Every leaf of a nested state by its path."""
+    if isinstance(state, dict):
+        items = state.items()
+    elif isinstance(state, (list, tuple)):
+        items = enumerate(state)
+    else:
+        return {name: state.detach().clone() if isinstance(state, torch.Tensor) else state}
+    return {path: leaf for key, value in items for path, leaf in tensors(value, f"{name}/{key}").items()}
+
+
+def everything(run: Any) -> dict[str, Any]:
+    """All that a later step depends on, by path."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    parts = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
+    mains = [
+        [main for group in getattr(part, name, []) for main in group if main is not None]
+        for part in parts
+        for name in ("fp32_from_float16_groups", "shard_fp32_from_float16_groups")
+    ]
+    order = [[p for group in part.optimizer.param_groups for p in group["params"]] for part in parts]
+    state = {
+        "weights": [dict(chunk.module.named_parameters()) for chunk in run.chunks],
+        "main weights": mains,
+        "moments": [[dict(part.optimizer.state[p]) for p in ps] for part, ps in zip(parts, order, strict=True)],
+        # A load leaves a "step" in the groups, which nothing reads: torch's Adam counts in the moments.
+        "rates": [[{**group, "params": None, "step": None} for group in part.optimizer.param_groups] for part in parts],
+        "scheduler": run.scheduler.state_dict(),
+        "random": [torch.get_rng_state(), get_cuda_rng_tracker().get_states()],
+        "progress": [run.progress.step, run.progress.consumed_samples],
+    }
+    return tensors(state)
+
+
+def saved_and_loaded(rank: int, world_size: int, settings: Settings) -> tuple[list[str], int]:
+    """(paths of what differs after a save and a load, number of leaves compared)."""
+    with pretraining(settings, world_size) as run:
+        batches = run._batches()
+        for _ in range(SAVED):
+            run._step(batches)
+        run._save()
+        before = everything(run)
+    with pretraining(settings, world_size) as run:
+        after = everything(run)
+    unequal = [
+        path
+        for path in before.keys() | after.keys()
+        if not (path in before and path in after and _equal(before[path], after[path]))
+    ]
+    return sorted(unequal), len(before)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_load_restores_every_tensor_counter_and_random_state(ranks, prefix, tmp_path, kind):
+    world_size, options = KINDS[kind]
+    settings = tiny_config(prefix, tmp_path, train__steps=STEPS, **DROPOUT, **options)
+    for unequal, count in ranks.run(world_size, saved_and_loaded, settings):
+        assert unequal == []
+        assert count > 100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continued_run_is_bitwise_the_uninterrupted_one(ranks, prefix, tmp_path, kind):
+    world_size, options = KINDS[kind]
+    common = {"train__steps": STEPS, "checkpoint__save_every": SAVED, **DROPOUT, **options}
+    settings = tiny_config(prefix, tmp_path / "run", **common)
+    whole = run_tiny(ranks, world_size, settings)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}")
+    continued = run_tiny(ranks, world_size, settings)
+    assert "continuing from" in (tmp_path / "run" / "log.txt").read_text()
+    assert continued == whole and len(whole) == STEPS
+
+
+OTHER_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "pp 2": (2, {"parallel__pp": 2}),
+    "pp 2 interleaved": (2, {"parallel__pp": 2, "parallel__vpp": 2}),
+    "1 rank": (1, {}),
+    "dp 2": (2, {}),
+    "tp 2, pp 2, sp": (4, {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def tp2_run(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TP 2 run to step 8 with a checkpoint at step 4, too."""
+    run_dir = tmp_path_factory.mktemp("tp2")
+    options = {"train__steps": STEPS, "checkpoint__save_every": SAVED, "parallel__tp": 2}
+    run_tiny(ranks, 2, tiny_config(prefix, run_dir, **options))
+    return run_dir
+
+
+def copy_until(run_dir: Path, folder: Path, step: int = SAVED) -> Path:
+    """The run as it was when `step` had been saved."""
+    shutil.copytree(run_dir, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    return folder
+
+
+# The moments matter: with Adam starting anew the losses of the following steps differ in the third digit.
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+def test_another_layout_continues_with_the_same_training(ranks, prefix, tmp_path, tp2_run, name):
+    world_size, layout = OTHER_LAYOUTS[name]
+    folder = copy_until(tp2_run, tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    continued = run_tiny(ranks, world_size, tiny_config(prefix, folder, train__steps=STEPS, **layout))
+    assert "the random state of dropout starts anew" in (folder / "log.txt").read_text()
+    whole = read_metrics(tp2_run)[SAVED:]
+    assert_close_metrics(continued, whole, {"loss": 1e-6, "entropy": 1e-6, "learning_rate": 0.0, "grad_norm": 1e-4})
+
+
+def test_only_the_wanted_checkpoints_stay(ranks, prefix, tmp_path):
+    options = {"train__steps": 7, "checkpoint__save_every": 1, "checkpoint__keep_every": 3, "checkpoint__keep_last": 2}
+    run_tiny(ranks, 1, tiny_config(prefix, tmp_path, **options, model__num_layers=1))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        f"step_{step:08d}" for step in (3, 6, 7)
+    ]
+
+
+def data_file(checkpoint: Path) -> Path:
+    return max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def truncate(checkpoint: Path) -> str:
+    file = data_file(checkpoint)
+    file.write_bytes(file.read_bytes()[:-1])
+    return f"{file.name} has {file.stat().st_size} bytes of {file.stat().st_size + 1}"
+
+
+def remove_a_file(checkpoint: Path) -> str:
+    file = data_file(checkpoint)
+    file.unlink()
+    return f"{file.name} is missing"
+
+
+def remove_the_manifest(checkpoint: Path) -> str:
+    (checkpoint / "run.json").unlink()
+    return "run.json cannot be read"
+
+
+def cut_the_manifest(checkpoint: Path) -> str:
+    (checkpoint / "run.json").write_text("{")
+    return "run.json cannot be read"
+
+
+DAMAGES = [truncate, remove_a_file, remove_the_manifest, cut_the_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_checkpoint_is_passed_over_by_name_and_the_training_repeated(ranks, prefix, tmp_path, tp2_run, damage):
+    folder = copy_until(tp2_run, tmp_path / "run", STEPS)
+    defect = damage(folder / "checkpoints" / f"step_{STEPS:08d}")
+    (folder / "checkpoints" / f".step_{STEPS:08d}.partial").mkdir()
+    run_tiny(ranks, 2, tiny_config(prefix, folder, train__steps=STEPS, parallel__tp=2, checkpoint__keep_last=1))
+    log = (folder / "log.txt").read_text()
+    assert f"not loaded: {folder / 'checkpoints' / f'step_{STEPS:08d}'}: {defect}" in log
+    assert f"not loaded: {folder / 'checkpoints' / f'.step_{STEPS:08d}.partial'}: its save was cut short" in log
+    assert f"continuing from {folder / 'checkpoints' / f'step_{SAVED:08d}'}" in log
+    assert read_metrics(folder) == read_metrics(tp2_run)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{STEPS:08d}"]
+
+
+def test_a_save_before_a_broken_later_one_is_kept(ranks, prefix, tmp_path, tp2_run):
+    """Step 8 is broken, the run goes back to 4 and saves 6: that one is now the newest whole one and must stay."""
+    folder = copy_until(tp2_run, tmp_path / "run", STEPS)
+    truncate(folder / "checkpoints" / f"step_{STEPS:08d}")
+    options = {"train__steps": 6, "optimizer__decay_steps": STEPS, "checkpoint__keep_last": 1}
+    run_tiny(ranks, 2, tiny_config(prefix, folder, parallel__tp=2, **options))
+    assert json.loads((folder / "checkpoints" / "step_00000006" / "run.json").read_text())["step"] == 6
+
+
+def test_a_run_whose_checkpoints_are_all_broken_stops_and_lists_them(ranks, prefix, tmp_path, tp2_run):
+    folder = copy_until(tp2_run, tmp_path / "run", STEPS)
+    defects = [damage(folder / "checkpoints" / f"step_{s:08d}") for s, damage in ((4, truncate), (8, remove_a_file))]
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(RankError, match="InputError.*no whole checkpoint") as caught:
+        run_tiny(ranks, 2, tiny_config(prefix, folder, train__steps=STEPS, parallel__tp=2))
+    assert all(defect in str(caught.value) for defect in defects)
+    assert (folder / "metrics.jsonl").read_bytes() == before, "the figures of the lost steps are gone"
+
+
+def test_a_save_that_was_cut_short_before_any_other_starts_over(ranks, prefix, tmp_path):
+    (tmp_path / "checkpoints" / ".step_00000002.partial").mkdir(parents=True)
+    assert len(run_tiny(ranks, 1, tiny_config(prefix, tmp_path, train__steps=3))) == 3
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_fields_name(ranks, prefix, tmp_path, tp2_run):
+    folder = copy_until(tp2_run, tmp_path / "run")
+    for field, value, saved in (("num_layers", 2, 4), ("qk_layernorm", False, True), ("num_moe_experts", 4, None)):
+        with pytest.raises(RankError, match=f"InputError.*{field} {saved}, this run has {value}"):
+            run_tiny(ranks, 1, tiny_config(prefix, folder, **{f"model__{field}": value}))
+
+
+def test_a_checkpoint_of_the_other_optimizer_is_refused(ranks, prefix, tmp_path, tp2_run):
+    folder = copy_until(tp2_run, tmp_path / "run")
+    with pytest.raises(RankError, match="InputError.*distributed_optimizer true, this run has it false"):
+        run_tiny(ranks, 1, tiny_config(prefix, folder, parallel__distributed_optimizer=False))
+
+
+def first_weights(rank: int, world_size: int, settings: Settings) -> tuple[dict[str, torch.Tensor], list[bool]]:
+    """(weights before the first step, whether each fp32 main weight rounds to the weight it belongs to)."""
+    with pretraining(settings, world_size) as run:
+        assert run.progress.step == 0
+        weights = {name: p.detach().clone() for name, p in run.chunks[0].module.named_parameters()}
+        parts = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
+        pairs = [
+            (weight, main)
+            for part in parts
+            for weights_of, mains_of in zip(
+                getattr(part, "float16_groups", []), getattr(part, "fp32_from_float16_groups", []), strict=True
+            )
+            for weight, main in zip(weights_of, mains_of, strict=True)
+        ]
+        return weights, [torch.equal(main.to(weight.dtype), weight) for weight, main in pairs]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_runs_weights_start_a_new_run_main_copies_included(ranks, prefix, tmp_path, tp2_run, precision):
+    common = {"parallel__distributed_optimizer": False, "train__precision": precision, "train__seed": 99}
+    fresh, _ = ranks.run(1, first_weights, tiny_config(prefix, tmp_path / "fresh", **common))[0]
+    for source in (tp2_run, tp2_run / "checkpoints", tp2_run / "checkpoints" / f"step_{STEPS:08d}"):
+        settings = tiny_config(prefix, tmp_path / "new", **common, checkpoint__load=str(source))
+        loaded, main_is_copy = ranks.run(1, first_weights, settings)[0]
+        assert all(not torch.equal(loaded[name], fresh[name]) for name in loaded if loaded[name].dim() == 2)
+        assert all(main_is_copy) and len(main_is_copy) == (len(loaded) if precision == "bf16" else 0)
+
+
+def test_a_new_run_trains_on_from_another_runs_weights(ranks, prefix, tmp_path, tp2_run):
+    options = {"checkpoint__load": str(tp2_run), "train__steps": 3, "optimizer__warmup_steps": 0}
+    new = run_tiny(ranks, 1, tiny_config(prefix, tmp_path, **options))
+    assert [row["step"] for row in new] == [1, 2, 3]
+    assert new[0]["loss"] < read_metrics(tp2_run)[0]["loss"] - 0.1
+
+
+def test_weights_that_are_not_there_are_told(ranks, prefix, tmp_path):
+    with pytest.raises(RankError, match="InputError.*checkpoint.load is .*nowhere and there is no whole checkpoint"):
+        run_tiny(ranks, 1, tiny_config(prefix, tmp_path, checkpoint__load=str(tmp_path / "nowhere")))
