@@ -30,6 +30,14 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
         raise InputError(" ".join(message.split()))
 
+    def dump(self, cfg: Any, **options: Any) -> str:
+        """YAML of `cfg`; jsonargparse drops what the help page hides, of which the fields that were set must stay."""
+        defaults = self.get_defaults()
+        for action in self._actions:
+            if action.help == SUPPRESS and action.dest in cfg and cfg[action.dest] != defaults[action.dest]:
+                action.help = ""
+        return super().dump(cfg, **options)
+
 
 def parse(config_class: type, argv: list[str], *, prog: str, positional: str | None = None) -> Any:
     """`config_class` filled from flags and YAML; `positional` is the list field that bare arguments go to.
@@ -38,7 +46,7 @@ def parse(config_class: type, argv: list[str], *, prog: str, positional: str | N
     """
     flags, bare = (argv, []) if positional is None else _split_bare(argv)
     flags = _complete_values(flags, _fields_of_type("list[", config_class), _fields_of_type("bool", config_class))
-    parser = _Parser(prog=prog, description=config_class.__doc__, exit_on_error=True)
+    parser = _Parser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(_with_megatron_fields(config_class), None, as_group=True)
     _hide_undocumented(parser)
