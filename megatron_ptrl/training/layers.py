@@ -5,17 +5,20 @@ model starts from the same weights under any pipeline split.
 """
 
 import contextlib
+import typing
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
@@ -144,6 +147,31 @@ class SeededTransformerLayer(TransformerLayer):
         super().__init__(config, submodules, layer_number=layer_number, vp_stage=vp_stage, **rest)
 
 
+class SeededExperts(SequentialMLP):
+    """Draws the weights of all experts in turn and keeps those of this rank: the same ones however they are spread.
+
+    Without that every expert-parallel rank would give its experts the weights of the first rank's.
+    """
+
+    def __init__(self, num_local_experts: int, config: TransformerConfig, *rest: Any, **options: Any) -> None:
+        rank = parallel_state.get_expert_model_parallel_rank()
+        after = parallel_state.get_expert_model_parallel_world_size() - rank - 1
+        _draw_experts(rank * num_local_experts, config)
+        super().__init__(num_local_experts, config, *rest, **options)
+        _draw_experts(after * num_local_experts, config)
+
+
+def _draw_experts(count: int, config: TransformerConfig) -> None:
+    """Move the generator on by the weights of `count` experts."""
+    if not config.use_cpu_initialization:
+        return
+    ffn = typing.cast(int, config.moe_ffn_hidden_size)
+    up = 2 * ffn if config.gated_linear_unit else ffn
+    for _ in range(count):
+        for shape in ((up, config.hidden_size), (config.hidden_size, ffn)):
+            torch.empty(shape, dtype=torch.float32, device="cpu").normal_()
+
+
 def decoder_spec(config: TransformerConfig, *, use_te: bool, isolate_documents: bool, vp_stage: int | None) -> Any:
     """Spec of the layers that this pipeline stage and chunk build."""
     block = get_gpt_decoder_block_spec(
@@ -169,6 +197,9 @@ def mtp_spec(config: TransformerConfig, block: Any, *, use_te: bool, vp_stage: i
 
 def _adapt_layer(layer: ModuleSpec, *, use_te: bool, isolate_documents: bool) -> None:
     layer.module = SeededTransformerLayer
+    experts = getattr(layer.submodules.mlp.submodules, "experts", None)
+    if experts is not None and experts.module is SequentialMLP:
+        experts.module = SeededExperts
     attention = layer.submodules.self_attention
     if isolate_documents:
         attention.params = {**attention.params, "attn_mask_type": AttnMaskType.arbitrary}
