@@ -116,9 +116,10 @@ def test_isolated_documents_do_not_see_each_other(ranks, prefix, tmp_path):
     assert ((before[end + 1 :] - after[end + 1 :]).abs() > 1e-5).sum() > (64 - end) / 2
 
 
-def test_isolated_documents_train_alike_over_ranks(ranks, prefix, tmp_path):
+@pytest.mark.parametrize("layout", [TP_PP_SP, {"parallel__cp": 2, "parallel__pp": 2}], ids=["tp pp sp", "cp pp"])
+def test_isolated_documents_train_alike_over_ranks(ranks, prefix, tmp_path, layout):
     common = {"train__steps": 4, "data__isolate_documents": True}
     alone = run_tiny(ranks, 1, tiny_config(prefix, tmp_path / "1", **common))
-    spread = run_tiny(ranks, 4, tiny_config(prefix, tmp_path / "4", **common, **TP_PP_SP))
+    spread = run_tiny(ranks, 4, tiny_config(prefix, tmp_path / "4", **common, **layout))
     # A token whose probability is that of the last one in the head may fall on either side of its edge.
     assert_close_metrics(spread, alone, {**TOLERANCES, "head_mass": 1e-4, "tail_mass": 1e-4})

@@ -25,6 +25,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp 2, distributed optimizer": (2, {}),
     "dp 2, plain optimizer": (2, {"parallel__distributed_optimizer": False}),
     "tp 2, pp 2, sequence parallel": (4, TP_PP_SP),
+    "cp 2": (2, {"parallel__cp": 2}),
+    "cp 2, tp 2, sequence parallel": (
+        4,
+        {"parallel__cp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True},
+    ),
     "microbatches of 1": (1, {"train__micro_batch": 1}),
     "microbatches of 4": (1, {"train__micro_batch": 4}),
     "plain optimizer": (1, {"parallel__distributed_optimizer": False}),
@@ -67,7 +72,12 @@ def test_held_out_figures_do_not_depend_on_the_layout(ranks, prefix, tmp_path):
     assert alone[-1]["valid_num_tokens"] == 13 * 64
     held_out = {name: TOLERANCES[name.removeprefix("valid_")] for name in alone[-1] if name[6:] in TOLERANCES}
     assert len(held_out) == 7
-    for name, layout in (("dp", {}), ("pp", LAYOUTS["pp 2, interleaved"][1]), ("tp", LAYOUTS["tp 2"][1])):
+    for name, layout in (
+        ("dp", {}),
+        ("cp", {"parallel__cp": 2}),
+        ("pp", LAYOUTS["pp 2, interleaved"][1]),
+        ("tp", LAYOUTS["tp 2"][1]),
+    ):
         spread = run_tiny(ranks, 2, tiny_config(prefix, tmp_path / name, **common, **layout))
         assert_close_metrics(spread[-1:], alone[-1:], held_out)
 
