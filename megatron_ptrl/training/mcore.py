@@ -60,7 +60,8 @@ def transformer_fields() -> list[tuple[dataclasses.Field, Any]]:
             continue
         if "Callable" in str(hint) or "dtype" in str(hint):
             continue
-        found.append((field, Any if "megatron" in str(hint) and "enum" not in repr(hint) else hint))
+        # A union with one of Megatron-Core's classes is given in its plain form, which YAML parses.
+        found.append((field, Any if "megatron" in str(hint) else hint))
     return found
 
 
