@@ -11,8 +11,8 @@ LAYOUTS["sp"] = {"parallel__tp": 2, "parallel__sequence_parallel": True}
 
 
 def settings(prefix: str, folder: object, **layout: object) -> Settings:
-    # 512 tokens padded to 600: a seventh of the untrained columns must never be chosen.
-    common = {"model__make_vocab_size_divisible_by": 100, "train__steps": 4, "optimizer__warmup_steps": 0}
+    # 512 tokens padded to 2048: most columns are untrained ones that must never be chosen.
+    common = {"model__make_vocab_size_divisible_by": 2048, "train__steps": 4, "optimizer__warmup_steps": 0}
     # Large, untied weights: a young model with small ones repeats one token for ever.
     common |= {"model__share_embeddings_and_output_weights": False, "model__init_method_std": 0.3}
     return tiny_config(prefix, folder, sample__tokens=NEW, sample__temperature=0, **common, **layout)
@@ -48,7 +48,7 @@ def by_hand(rank: int, world_size: int, wanted: Settings) -> list[list[int]]:
                 positions = torch.arange(len(tokens))[None]
                 with torch.no_grad():
                     logits = model(torch.tensor([tokens]), positions, None)
-                assert logits.shape == (1, len(tokens), 600)
+                assert logits.shape == (1, len(tokens), 2048)
                 tokens.append(int(logits[0, -1, : run.tokenizer.vocab_size].argmax()))
             texts.append(tokens[len(prompt) :])
         return texts
