@@ -11,10 +11,12 @@ STEPS = 20
 SHAPING = {"loss__beta": -0.25, "loss__lambda_head": 0.1, "loss__lambda_tail": -0.1, "loss__top_k": 20}
 
 # Means over 512 tokens that are summed in another order: a few units of fp32 (6e-8). Seen after 20 steps: 2e-7.
-# Megatron sums the squares of the gradient in fp32, on a CPU one element after the other; its norm is 1e-5 off the
-# one in fp64 before any layout changes the order. Seen: 4e-5.
 TOLERANCES = dict.fromkeys(("loss", "ce", "entropy", "head_mass", "tail_mass", "target_probability"), 1e-6)
+# The gradient is more sensitive than its loss: a token that the model is nearly sure of, wrongly, magnifies the last
+# bits of the weights in some later step. Seen: 2e-7 in the first steps, 4e-5 at worst in twenty.
 TOLERANCES |= {"grad_norm": 1e-4, "num_tokens": 0.0, "learning_rate": 0.0, "consumed_samples": 0.0}
+
+FIRST_STEPS, FIRST_TOLERANCES = 6, {"grad_norm": 1e-6}
 
 TP_PP_SP = {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -54,7 +56,9 @@ def test_the_reference_run_learns_and_its_rewards_matter(one_rank):
 def test_every_layout_trains_alike(ranks, prefix, tmp_path, one_rank, name):
     world_size, layout = LAYOUTS[name]
     settings = tiny_config(prefix, tmp_path, train__steps=STEPS, **SHAPING, **layout)
-    assert_close_metrics(run_tiny(ranks, world_size, settings), one_rank, TOLERANCES)
+    rows = run_tiny(ranks, world_size, settings)
+    assert_close_metrics(rows, one_rank, TOLERANCES)
+    assert_close_metrics(rows[:FIRST_STEPS], one_rank[:FIRST_STEPS], FIRST_TOLERANCES)
 
 
 def test_an_untied_head_trains_alike_over_tensor_and_pipeline_ranks(ranks, prefix, tmp_path, one_rank):

@@ -6,8 +6,8 @@ refuses. What it changes, all of it in this file:
     and `Tensor.type()` gives the "torch.cuda.*" name that Megatron's optimizer compares with;
   - `torch.cuda`'s queries, streams, events, memory counters and random-number calls get a CPU answer;
     `torch.cuda.is_available()` stays False;
-  - Megatron's random-number tracker keeps the CPU generator's state, and its inference communication takes CPU
-    tensors.
+  - Megatron's random-number tracker keeps the CPU generator's state, its inference communication takes CPU tensors,
+    and its norm of the gradient is summed in fp64.
 The redirection is per thread: a thread that Megatron starts by itself does not have it.
 """
 
@@ -156,9 +156,19 @@ def _patch_torch_cuda() -> None:
         setattr(cuda, name, getattr(torch, name))
 
 
+def _l2_norm(
+    chunk_size: int, overflow: torch.Tensor, tensors: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Norm of all tensors, fp32 (1,). torch's fp32 norm on a CPU is 1e-5 off for an embedding's few large rows."""
+    norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for group in tensors for x in group])
+    return torch.linalg.vector_norm(norms).float().view(1), None
+
+
 def _patch_megatron() -> None:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    clip_grads: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
+    clip_grads.l2_norm_impl = _l2_norm
     communication: Any = importlib.import_module("megatron.core.inference.communication_utils")
     communication._is_cuda = communication._is_cuda_contiguous = lambda tensor: None
