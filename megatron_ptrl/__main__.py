@@ -54,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse(getattr(config, stage.config), rest, prog=f"ptrl {name}", positional=stage.positional)
         importlib.import_module(stage.module).run(settings)
     except InputError as error:
-        if _speaks():
-            print(f"ptrl {name}: {error}", file=sys.stderr, flush=True)
+        # What is wrong before the process group is up is wrong on every rank, so one of them says it.
+        if error.rank is not None or os.environ.get("RANK", "0") == "0":
+            where = f" (rank {error.rank})" if error.rank else ""
+            print(f"ptrl {name}{where}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 def _silence_megatron() -> None:
     # Every process would say it again; `ptrl doctor` says it once, with what it costs.
     warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine).*")
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # Megatron-Core calls collectives by names that torch 2.13 renamed.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
 
@@ -72,13 +76,6 @@ def _prepare_for_training() -> None:
 
     if host.install_if_no_cuda():
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
-
-
-def _speaks() -> bool:
-    """Rank 0, and any rank once the group is up: what is wrong before that is wrong on all of them."""
-    import torch.distributed as dist
-
-    return os.environ.get("RANK", "0") == "0" or dist.is_initialized()
 
 
 def _usage() -> str:

@@ -44,8 +44,10 @@ def parse(config_class: type, argv: list[str], *, prog: str, positional: str | N
 
     Raises InputError for a key that does not exist (naming the nearest one) or a value of the wrong type.
     """
-    flags, bare = (argv, []) if positional is None else _split_bare(argv)
-    flags = _complete_values(flags, _fields_of_type("list[", config_class), _fields_of_type("bool", config_class))
+    lists, switches = _fields_of_type("list[", config_class), _fields_of_type("bool", config_class)
+    flags, bare = _complete_values(argv, lists, switches)
+    if bare and positional is None:
+        raise InputError(f"unrecognized arguments: {' '.join(bare)}")
     parser = _Parser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(_with_megatron_fields(config_class), None, as_group=True)
@@ -62,12 +64,6 @@ def parse(config_class: type, argv: list[str], *, prog: str, positional: str | N
     return config_class(**settings)
 
 
-def _split_bare(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Leading arguments that are not flags, and the rest."""
-    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    return argv[first_flag:], argv[:first_flag]
-
-
 def _fields_of_type(words: str, config_class: type, prefix: str = "") -> set[str]:
     """Dotted names of the fields whose type contains `words`."""
     found = set()
@@ -79,25 +75,31 @@ def _fields_of_type(words: str, config_class: type, prefix: str = "") -> set[str
     return found
 
 
-def _complete_values(argv: list[str], lists: set[str], switches: set[str]) -> list[str]:
-    """`--input A B` -> `--input=["A", "B"]` and a bare `--dry_run` -> `--dry_run=true`, as jsonargparse has them."""
-    completed: list[str] = []
+def _complete_values(argv: list[str], lists: set[str], switches: set[str]) -> tuple[list[str], list[str]]:
+    """Flags as jsonargparse takes them, and the bare words between them.
+
+    `--input A B` -> `--input=["A", "B"]`, a bare `--dry_run` -> `--dry_run=true`.
+    """
+    flags, bare = [], []
     for flag, values in _by_flag(argv):
         name = flag.removeprefix("--")
-        if name in lists and not (len(values) == 1 and values[0].startswith("[")):
-            completed.append(f"{flag}={json.dumps(values)}")
+        if not flag.startswith("-"):
+            bare += [flag, *values]
+        elif name in lists and not (len(values) == 1 and (values[0].startswith("[") or values[0] == "null")):
+            flags.append(f"{flag}={json.dumps(values)}")
         elif name in switches and not values:
-            completed.append(f"{flag}=true")
+            flags.append(f"{flag}=true")
         else:
-            completed += [f"{flag}={values[0]}", *values[1:]] if values else [flag]
-    return completed
+            flags.append(f"{flag}={values[0]}" if values else flag)
+            bare += values[1:]
+    return flags, bare
 
 
 def _by_flag(argv: list[str]) -> list[tuple[str, list[str]]]:
     """Each word that starts with `--`, and what stands behind its `=` or before the next one."""
     found: list[tuple[str, list[str]]] = []
     for word in argv:
-        if word.startswith("--") or not found:
+        if word.startswith("--") or word == "-h" or not found:
             flag, equals, value = word.partition("=")
             found.append((flag, [value] if equals else []))
         else:

@@ -45,6 +45,14 @@ class RewardShaping:
         )
         _require(isinstance(self.top_k, int) and self.top_k >= 1, f"top_k is {self.top_k}; expected an integer >= 1")
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """InputError for a `top_k` above the vocabulary; an untouched default is capped where no reward needs it."""
+        capped = self.top_k == DEFAULT_TOP_K and not self.ranks_matter
+        _require(
+            self.top_k <= vocab_size or capped,
+            f"top_k is {self.top_k}; expected at most the {vocab_size} tokens of the vocabulary",
+        )
+
     @property
     def ranks_matter(self) -> bool:
         """Whether the loss needs the top-k: not when head and tail have the same reward."""
@@ -119,14 +127,20 @@ class ModelConfig:
     """Draw the initial weights on the CPU, the same under every layout; false is faster for many billions."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "make_vocab_size_divisible_by"):
+        sizes = ("num_layers", "hidden_size", "num_attention_heads", "make_vocab_size_divisible_by")
+        for name in (*sizes, "num_query_groups", "ffn_hidden_size", "kv_channels"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name} is {value}; expected >= 1")
+            _require(value is None or value >= 1, f"model.{name} is {value}; expected >= 1")
+        for name in ("hidden_dropout", "attention_dropout"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"model.{name} is {value}; expected 0 to 1")
         _require(
             self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
             f"model.hidden_size {self.hidden_size} does not divide by model.num_attention_heads "
             f"{self.num_attention_heads}; set model.kv_channels or change one of them",
         )
+        width = self.kv_channels or self.hidden_size // self.num_attention_heads
+        _require(width % 2 == 0, f"a head is {width} wide; expected an even model.kv_channels, for rotary positions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +169,13 @@ class ParallelConfig:
     """Gather updated weights while the next forward runs (GPU, distributed optimizer)."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "cp", "ep"):
-            _require(getattr(self, name) >= 1, f"parallel.{name} is {getattr(self, name)}; expected >= 1")
+        for name in ("tp", "pp", "cp", "ep", "etp", "vpp"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"parallel.{name} is {value}; expected >= 1")
+        _require(
+            not self.overlap_param_gather or (self.distributed_optimizer and self.overlap_grad_reduce),
+            "parallel.overlap_param_gather is true; expected distributed_optimizer and overlap_grad_reduce with it",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +195,8 @@ class DataConfig:
     seq_length: int = 256
     """Tokens of a packed sequence."""
     isolate_documents: bool = False
-    """Restart positions after every end-of-document token and keep attention inside the document."""
+    """Restart positions at every document, keep attention inside it, and leave its successor's first token out of the
+    loss, which nothing in it can foretell."""
     cache: str | None = None
     """Folder for the sample index; null for `data_cache` in the run directory."""
 
@@ -215,7 +235,17 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optimizer.lr is {self.lr}; expected > 0")
         _require(0 <= self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}; expected between 0 and lr {self.lr}")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; expected >= 0")
+        for name in ("warmup_steps", "weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name} is {value}; expected >= 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} is {value}; expected 0 to 1")
+        _require(self.adam_eps > 0, f"optimizer.adam_eps is {self.adam_eps}; expected > 0")
+        _require(
+            self.decay_steps is None or self.decay_steps >= 1,
+            f"optimizer.decay_steps is {self.decay_steps}; expected >= 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +270,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; expected >= 1")
-        _require(self.eval_every >= 0, f"train.eval_every is {self.eval_every}; expected >= 0")
-        _require(self.eval_samples >= 0, f"train.eval_samples is {self.eval_samples}; expected >= 0")
+        for name in ("eval_every", "eval_samples", "seed"):
+            _require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; expected >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +321,10 @@ class SampleConfig:
     temperature: float = 0.8
     """0 takes the most probable token each time."""
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "temperature"):
+            _require(getattr(self, name) >= 0, f"sample.{name} is {getattr(self, name)}; expected >= 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
@@ -311,6 +345,10 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        ranks = self.dry_run_world_size
+        _require(ranks is None or ranks >= 1, f"dry_run_world_size is {ranks}; expected >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,7 +165,7 @@ def _packages() -> Iterator[Finding]:
     yield _package(
         "transformer-engine",
         "transformer_engine.pytorch",
-        cost="layers run unfused, no context parallelism, no FP8",
+        cost="layers run unfused, no ring of context-parallel ranks, no FP8",
         fix="pip install --no-build-isolation 'transformer-engine[pytorch]' (needs a GPU and nvcc)",
     )
     yield _package(

@@ -3,3 +3,6 @@
 
 class InputError(ValueError):
     """What was wrong, where, what was expected, what to do. The command line prints it without a traceback."""
+
+    rank: int | None = None
+    """The rank that found it, where the others may not have."""

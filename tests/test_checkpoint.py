@@ -227,7 +227,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_fields_name(ranks, pref
 
 def test_a_checkpoint_of_the_other_optimizer_is_refused(ranks, prefix, tmp_path, tp2_run):
     folder = copy_until(tp2_run, tmp_path / "run")
-    with pytest.raises(RankError, match="InputError.*distributed_optimizer true, this run has it false"):
+    with pytest.raises(RankError, match="InputError.*distributed_optimizer true, this run has false"):
         run_tiny(ranks, 1, tiny_config(prefix, folder, parallel__distributed_optimizer=False))
 
 

@@ -117,7 +117,7 @@ def _build(
         reset_position_ids=data.isolate_documents,
         reset_attention_mask=data.isolate_documents,
         create_attention_mask=data.isolate_documents,
-        eod_mask_loss=False,
+        eod_mask_loss=data.isolate_documents,
     )
     if torch.distributed.get_rank() == 0:
         _drop_unreadable(cache)
@@ -152,7 +152,7 @@ def _build(
 
 def _drop_unreadable(cache: Path) -> None:
     """Megatron-Core trusts any file of the right name; one that a killed run left half-written would stop the next."""
-    for path in cache.glob("*.npy"):
+    for path in [*cache.glob("*-GPTDataset-*.npy"), *cache.glob("*-BlendedDataset-*.npy")]:
         try:
             numpy.load(path, mmap_mode="r")
         except (ValueError, EOFError):

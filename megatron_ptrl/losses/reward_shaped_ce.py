@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ptrl import ops
-from megatron_ptrl.config import DEFAULT_TOP_K, RewardShaping
+from megatron_ptrl.config import RewardShaping
 from megatron_ptrl.errors import InputError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -211,10 +211,7 @@ def _check_tensors(logits: Tensor, target: Tensor, call: _Call) -> None:
             f"vocab_parallel_logits have strides {list(logits.stride())}, which a gradient cannot be written over; "
             "expected a dense last dimension and no expanded one, or inplace_backward=False"
         )
-    vocabulary = logits.shape[-1] * call.shards if call.vocab_size is None else call.vocab_size
-    capped = call.shaping.top_k == DEFAULT_TOP_K and not call.shaping.ranks_matter
-    if call.shaping.top_k > vocabulary and not capped:
-        raise InputError(f"top_k is {call.shaping.top_k}; expected at most the {vocabulary} tokens of the vocabulary")
+    call.shaping.check_vocabulary(logits.shape[-1] * call.shards if call.vocab_size is None else call.vocab_size)
 
 
 def _check_vocabulary(every_numbers: Tensor, target: Tensor, columns: int, call: _Call) -> None:

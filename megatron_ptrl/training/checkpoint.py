@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_ptrl.config import CheckpointConfig, ModelConfig
+from megatron_ptrl.config import CheckpointConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training.mcore import unwrap
 from megatron_ptrl.training.optimizer import fill_adam_state, load_optimizer
@@ -46,24 +46,21 @@ class Found:
 
     path: Path | None
     passed_over: list[str]
+    named: bool
+    """Whether there is anything by the name of a checkpoint, whole or not."""
 
 
 def newest_whole(directory: Path) -> Found:
     """The checkpoint with the highest step whose every file has the size that was written."""
-    passed_over: list[str] = []
-    candidates = [directory] if _NAME.fullmatch(directory.name) else named(directory)
-    passed_over += [f"{path}: its save was cut short" for path in sorted(directory.glob(_PARTIALS))]
+    named = [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)]
+    candidates = [directory] if _NAME.fullmatch(directory.name) else named
+    passed_over = [f"{path}: its save was cut short" for path in sorted(directory.glob(_PARTIALS))]
     for path in sorted(candidates, reverse=True):
         defect = _defect(path)
         if defect is None:
-            return Found(path, passed_over)
+            return Found(path, passed_over, True)
         passed_over.append(f"{path}: {defect}")
-    return Found(None, passed_over)
-
-
-def named(directory: Path) -> list[Path]:
-    """The checkpoints of a directory by their names, whole or not."""
-    return [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)]
+    return Found(None, passed_over, bool(named))
 
 
 def _defect(path: Path) -> str | None:
@@ -81,7 +78,7 @@ def _defect(path: Path) -> str | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a whole checkpoint says of itself: step, consumed_samples, model fields, vocab_size, layout, files."""
+    """What a whole checkpoint says of itself: step, consumed_samples, layout, files, and what `save` was told."""
     return json.loads((path / MANIFEST).read_text())
 
 
@@ -97,8 +94,9 @@ def save(
 ) -> Path:
     """Write `directory/step_N`, drop the checkpoints that `keep` does not want, return the path.
 
-    about: JSON-able facts for the manifest (model fields, vocabulary, tokenizer).
+    about: JSON-able facts for the manifest.
     Collective over all ranks. An existing whole checkpoint of this step is left as it is.
+    Raises InputError when the files cannot be written.
     """
     path = directory / f"step_{progress.step:08d}"
     partial = directory / f".{path.name}.partial"
@@ -109,9 +107,17 @@ def save(
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            # The other ranks' share of the last update is else fetched by the next forward only.
+            chunk.start_param_sync(force_sync=True)
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["run"] = {**dataclasses.asdict(progress), "scheduler": scheduler.state_dict()}
-    dist_checkpointing.save(state, str(partial))
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(directory).free >> 20
+        raise InputError(f"{partial} could not be written ({free} MiB free there): {error}") from error
     dist.barrier()
     if dist.get_rank() == 0:
         files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
@@ -148,44 +154,6 @@ def load_weights(path: Path, chunks: list[Any], optimizer: Any = None) -> None:
     _load_weights(chunks, dist_checkpointing.load(_sharded_weights(chunks), str(path)))
     if optimizer is not None:
         optimizer.reload_model_params()
-
-
-def check_same_model(path: Path, model: ModelConfig, vocab_size: int) -> None:
-    """InputError naming the first field in which the checkpoint's model differs from `model`."""
-    manifest = read_manifest(path)
-    saved = {**manifest["model"], "vocab_size": manifest["vocab_size"]}
-    mine = {**model_fields(model), "vocab_size": vocab_size}
-    for name in sorted(saved.keys() | mine.keys()):
-        if name in _ONLY_AT_THE_START:
-            continue
-        if saved.get(name) != mine.get(name):
-            raise InputError(
-                f"{path} holds a model with {name} {saved.get(name)}, this run has {mine.get(name)}; use the "
-                "checkpoint's value or another run_dir"
-            )
-
-
-def check_same_optimizer(path: Path, distributed: bool) -> None:
-    """InputError when the checkpoint's optimizer is stored in the other of Megatron's two forms."""
-    saved = read_manifest(path).get("distributed_optimizer", distributed)
-    if saved != distributed:
-        raise InputError(
-            f"{path} was saved with parallel.distributed_optimizer {str(saved).lower()}, this run has it "
-            f"{str(distributed).lower()}, which Megatron-Core cannot convert; use the checkpoint's value"
-        )
-
-
-_ONLY_AT_THE_START = {"init_method_std", "use_cpu_initialization", "hidden_dropout", "attention_dropout"}
-
-
-def model_fields(model: ModelConfig) -> dict[str, Any]:
-    """The fields that differ from their defaults or are our own, as JSON holds them."""
-    own = {field.name for field in dataclasses.fields(ModelConfig)}
-    return {
-        field.name: getattr(model, field.name)
-        for field in dataclasses.fields(model)
-        if field.name in own or getattr(model, field.name) != field.default
-    }
 
 
 def _sharded_weights(chunks: list[Any]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ model starts from the same weights under any pipeline split.
 
 import contextlib
 import typing
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -32,20 +32,47 @@ if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None
 
 
+# Settings of TransformerConfig that only other attentions and norms than the local ones read.
+_WITHOUT_TRANSFORMER_ENGINE = {
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "softmax_type": "vanilla",
+    "layernorm_zero_centered_gamma": False,
+    "fp8": None,
+    "fp4": None,
+}
+
+
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's layers can be used: the package is there, and so is a GPU to run them."""
-    return find_spec("transformer_engine") is not None and torch.version.cuda is not None
+    """Whether Transformer Engine's layers can be used: the package imports, and there is a GPU to run them."""
+    return HAVE_TE and torch.cuda.is_available()
 
 
 def check_supported(config: PretrainConfig) -> None:
     """InputError where the layers that this machine has cannot do what the config asks."""
+    if getattr(config.model, "multi_latent_attention", False):
+        raise InputError("model.multi_latent_attention needs another model than this GPT; leave it false")
     if has_transformer_engine():
         if config.parallel.cp > 1 and config.data.isolate_documents:
             raise InputError(
                 f"parallel.cp {config.parallel.cp} with data.isolate_documents: Transformer Engine takes no mask "
                 "there; use one of the two"
             )
-    elif config.model.normalization != "RMSNorm":
+        grouped = getattr(config.model, "moe_grouped_gemm", False) and config.model.use_cpu_initialization
+        if grouped and config.parallel.ep > 1:
+            raise InputError(
+                "model.moe_grouped_gemm with parallel.ep > 1 gives the experts of all ranks the same weights to begin "
+                "with; set model.use_cpu_initialization false"
+            )
+        return
+    for name, neutral in _WITHOUT_TRANSFORMER_ENGINE.items():
+        value = getattr(config.model, name, neutral)
+        if value != neutral:
+            raise InputError(
+                f"model.{name} is {value}, which the layers without Transformer Engine do not have; "
+                "pip install megatron-ptrl[te], or leave it"
+            )
+    if config.model.normalization != "RMSNorm":
         raise InputError(
             f"model.normalization is {config.model.normalization}; the layers without Transformer Engine have RMSNorm "
             "only; pip install megatron-ptrl[te], or set RMSNorm"

@@ -81,10 +81,13 @@ def _check_pipeline(config: PretrainConfig, layout: Layout) -> None:
 
 def _check_experts(config: PretrainConfig, layout: Layout) -> None:
     parallel, experts = config.parallel, getattr(config.model, "num_moe_experts", None)
-    if not experts:
+    if experts is None:
         if parallel.ep > 1:
             raise InputError(f"parallel.ep is {parallel.ep} and model.num_moe_experts is not set; expected experts")
         return
+    top_k = getattr(config.model, "moe_router_topk", 1)
+    if not 1 <= top_k <= experts:
+        raise InputError(f"model.moe_router_topk is {top_k}; expected 1 to the {experts} of model.num_moe_experts")
     _divides("model.num_moe_experts", experts, "parallel.ep", parallel.ep)
     expert_ranks = (parallel.etp or parallel.tp) * parallel.ep * parallel.pp
     _divides("the number of ranks", layout.world_size, "parallel.etp x ep x pp", expert_ranks)

@@ -22,6 +22,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_ptrl.config import LossConfig, ModelConfig, PretrainConfig
+from megatron_ptrl.errors import InputError
 from megatron_ptrl.losses.reward_shaped_ce import TokenStats, reward_shaped_cross_entropy_with_stats
 from megatron_ptrl.training import layers
 
@@ -105,7 +106,7 @@ def ffn_size(model: ModelConfig) -> int:
 
 
 def transformer_config(config: PretrainConfig) -> SeededTransformerConfig:
-    """Megatron-Core's config for this run."""
+    """Megatron-Core's config for this run. Raises InputError with Megatron-Core's reason where it refuses it."""
     model, parallel = config.model, config.parallel
     own = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelConfig)}
     passed_on = {
@@ -138,7 +139,10 @@ def transformer_config(config: PretrainConfig) -> SeededTransformerConfig:
     if not layers.has_transformer_engine():
         # These default to fused kernels that only Transformer Engine or apex bring.
         settings = {"gradient_accumulation_fusion": False, "transformer_impl": "local", **settings}
-    return SeededTransformerConfig(**settings)
+    try:
+        return SeededTransformerConfig(**settings)
+    except (ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"model: Megatron-Core refuses this configuration: {error}") from error
 
 
 def initialize(config: PretrainConfig, *, timeout_minutes: int = 30) -> None:

@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ptrl.config import PretrainConfig
 from megatron_ptrl.errors import InputError
 
+_OF_THE_RUN = ("lr", "max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "weight_decay", "betas", "eps")
 _STYLES = {"constant": "constant", "cosine": "cosine", "wsd": "WSD"}
 
 
@@ -32,7 +33,22 @@ def build_optimizer(config: PretrainConfig, chunks: list[Any]) -> MegatronOptimi
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(settings, chunks, config_overrides=_spare_norms_and_biases(settings))
+    built = get_megatron_optimizer(settings, chunks, config_overrides=_spare_norms_and_biases(settings))
+    _store_padding(built)
+    return built
+
+
+def _store_padding(optimizer: MegatronOptimizer) -> None:
+    """Let checkpoints hold the padding between gradient buckets, too.
+
+    Megatron-Core 0.16 packs the buckets without it and then cuts the parameters out by their places with it, so that
+    every parameter behind a padded bucket would be saved shifted (dp 3, an embedding tied over pipeline stages).
+    """
+    for part in _parts(optimizer):
+        for buffer in getattr(part, "buffers", []):
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _spare_norms_and_biases(settings: MegatronOptimizerConfig) -> Any:
@@ -51,9 +67,9 @@ def check_schedule(config: PretrainConfig) -> tuple[int, int | None]:
     decay_steps = steps
     wsd_decay_steps = None
     if optimizer.schedule == "cosine":
-        decay_steps = optimizer.decay_steps or steps
+        decay_steps = optimizer.decay_steps if optimizer.decay_steps is not None else steps
     elif optimizer.schedule == "wsd":
-        wsd_decay_steps = optimizer.decay_steps or max(1, steps // 10)
+        wsd_decay_steps = optimizer.decay_steps if optimizer.decay_steps is not None else max(1, steps // 10)
     if optimizer.warmup_steps >= decay_steps:
         raise InputError(
             f"optimizer.warmup_steps {optimizer.warmup_steps} leaves nothing of the {decay_steps} steps of the schedule"
@@ -67,7 +83,7 @@ def check_schedule(config: PretrainConfig) -> tuple[int, int | None]:
 
 
 def build_scheduler(config: PretrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """The learning-rate schedule, counted in samples as Megatron-LM does, so that the batch may change on the way."""
+    """The learning-rate schedule, counted in samples as Megatron-LM does."""
     decay_steps, wsd_decay_steps = check_schedule(config)
     samples = config.train.global_batch
     return OptimizerParamScheduler(
@@ -102,10 +118,13 @@ def fill_adam_state(optimizer: MegatronOptimizer) -> None:
 def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """`optimizer.load_state_dict`, exact also where torch's Adam sits in the distributed optimizer.
 
+    Rates, betas and the like stay those of this run's config; Megatron-Core would take the checkpoint's.
+
     There Megatron-Core 0.16 hands every parameter the same step tensor, which Adam then counts up once per
     parameter, and looks for that step among the sharded tensors. Apex and Transformer Engine count per group.
     """
     parts = _parts(optimizer)
+    own = [{name: group[name] for name in _OF_THE_RUN if name in group} for group in optimizer.param_groups]
     # A chain of optimizers (experts have their own) is stored by number.
     states = [loaded] if len(parts) == 1 else list(loaded.values())
     adams = {id(inner) for inner in _torch_adams(optimizer)}
@@ -124,6 +143,8 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None
             part.load_parameter_state_from_fully_reshardable(param_state)
         for moments in part.optimizer.state.values():
             moments["step"] = torch.tensor(step)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

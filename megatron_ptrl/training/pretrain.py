@@ -10,9 +10,11 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
@@ -27,6 +29,7 @@ from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.generate import generate
 from megatron_ptrl.training.layout import Layout, check_layout
 from megatron_ptrl.training.optimizer import build_optimizer, build_scheduler, check_schedule
+from megatron_ptrl.training.resume import describe, model_fields, restore
 from megatron_ptrl.training.runlog import RunLog
 from megatron_ptrl.training.signals import Signals
 from megatron_ptrl.training.summary import summary
@@ -38,31 +41,47 @@ def run(config: PretrainConfig) -> None:
     if config.dry_run:
         print(_dry_run(config, world_size))
         return
+    layout, tokenizer = _check(config, world_size)
+    mcore.initialize(config)
+    try:
+        Pretraining(config, layout, tokenizer).run()
+    except InputError as error:
+        # Each rank has its own part of the data, so this may be the only one that knows.
+        error.rank = dist.get_rank()
+        raise
+    finally:
+        mcore.shutdown()
+
+
+def _check(config: PretrainConfig, world_size: int) -> tuple[Layout, Tokenizer]:
+    """Everything that can be refused before a process group or a model is built."""
     layout = check_layout(config, world_size)
     layers.check_supported(config)
+    mcore.transformer_config(config)
     check_schedule(config)
     if not config.data.train:
         raise InputError("data.train is empty; expected the prefix of a .bin/.idx pair, as `ptrl tokenize` writes it")
     if config.sample.tokens and getattr(config.model, "mtp_num_layers", None):
-        raise InputError(
-            "sample.tokens with model.mtp_num_layers: Megatron-Core gives no logits there; set sample.tokens 0"
-        )
+        raise InputError("sample.tokens with model.mtp_num_layers: Megatron-Core gives no logits there; set it to 0")
     if config.sample.tokens and config.parallel.cp > 1:
+        raise InputError("sample.tokens with parallel.cp > 1: a sample is generated without it; set one of them back")
+    if config.log.wandb_project and find_spec("wandb") is None:
         raise InputError(
-            "sample.tokens with parallel.cp > 1: a sample is generated without context parallelism; set it to 0"
+            f"log.wandb_project is {config.log.wandb_project} and wandb is not installed; "
+            "pip install megatron-ptrl[wandb]"
         )
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set; launch the ranks with torchrun")
     tokenizer = resolve_tokenizer(config.data)
-    mcore.initialize(config)
-    try:
-        Pretraining(config, layout, tokenizer).run()
-    finally:
-        mcore.shutdown()
+    config.loss.check_vocabulary(tokenizer.vocab_size)
+    return layout, tokenizer
 
 
 def _dry_run(config: PretrainConfig, launched: int) -> str:
     parallel = config.parallel
     smallest = parallel.tp * parallel.pp * parallel.cp
-    layout = check_layout(config, config.dry_run_world_size or max(launched, smallest))
+    world_size = max(launched, smallest) if config.dry_run_world_size is None else config.dry_run_world_size
+    layout = check_layout(config, world_size)
     check_schedule(config)
     if not config.data.train:
         raise InputError("data.train is empty; the dry run reads the vocabulary from its tokenizer")
@@ -97,7 +116,7 @@ class Pretraining:
         self.scheduler = build_scheduler(config, self.optimizer)
         self.signals = Signals()
         self.held_out: dict[str, float] = {}
-        self.progress, notes = self._restore()
+        self.progress, notes = restore(config, self.tokenizer, self.chunks, self.optimizer, self.scheduler)
         self.log = self._open_log()
         for note in notes:
             self.say(note)
@@ -135,61 +154,16 @@ class Pretraining:
         if self.log:
             self.log.say(text)
 
-    def _restore(self) -> tuple[Progress, list[str]]:
-        found = checkpoint.find_on_rank_0(self.checkpoints)
-        notes = [f"not loaded: {reason}" for reason in found.passed_over]
-        if found.path is not None:
-            checkpoint.check_same_model(found.path, self.config.model, self.tokenizer.vocab_size)
-            checkpoint.check_same_optimizer(found.path, self.config.parallel.distributed_optimizer)
-            progress, whole = checkpoint.load(found.path, self.chunks, self.optimizer, self.scheduler)
-            notes.append(f"continuing from {found.path} (step {progress.step})")
-            saved, now = checkpoint.read_manifest(found.path)["sample_order"], self._sample_order()
-            changed = [name for name in now if saved.get(name) != now[name]]
-            if changed:
-                notes.append(f"{', '.join(changed)} changed since: the samples come in another order, some seen before")
-            if not whole:
-                notes.append("the layout differs from the one that saved it: the random state of dropout starts anew")
-            return progress, notes
-        if checkpoint.named(self.checkpoints):
-            raise InputError(
-                f"{self.checkpoints} has no whole checkpoint to continue from{_because(notes)}; restore one, or move "
-                "the directory away to start over"
-            )
-        source = self.config.checkpoint.load
-        if source is None:
-            return Progress(), notes
-        directory = Path(source)
-        if (directory / "checkpoints").is_dir():
-            directory = directory / "checkpoints"
-        found = checkpoint.find_on_rank_0(directory)
-        notes += [f"not loaded: {reason}" for reason in found.passed_over]
-        if found.path is None:
-            raise InputError(f"checkpoint.load is {source} and there is no whole checkpoint in it{_because(notes)}")
-        checkpoint.check_same_model(found.path, self.config.model, self.tokenizer.vocab_size)
-        checkpoint.load_weights(found.path, self.chunks, self.optimizer)
-        return Progress(), [*notes, f"starting from the weights of {found.path}"]
-
-    def _sample_order(self) -> dict[str, Any]:
-        """What the order of the training samples follows from."""
-        data, train = self.config.data, self.config.train
-        return {
-            "data.train": [str(item) for item in data.train],
-            "data.valid": data.valid,
-            "data.split": data.split,
-            "data.seq_length": data.seq_length,
-            "train.seed": train.seed,
-            "train.steps x global_batch": train.steps * train.global_batch,
-        }
-
     def _open_log(self) -> RunLog | None:
         if dist.get_rank() != 0:
             return None
+        complete = self.progress.step >= self.config.train.steps
         return RunLog(
             self.run_dir,
             self.config.log,
             first_step=self.progress.step,
             last_step=self.config.train.steps,
-            settings=yaml.safe_dump(_plain(self.config), sort_keys=False),
+            settings=None if complete else yaml.safe_dump(_plain(self.config), sort_keys=False),
         )
 
     def _batches(self) -> loop.Batches:
@@ -202,6 +176,7 @@ class Pretraining:
             micro_batch=train.micro_batch,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=self.layout.dp,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def _step(self, batches: loop.Batches) -> dict[str, float]:
@@ -212,11 +187,6 @@ class Pretraining:
         self.scheduler.step(increment=config.train.global_batch)
         step = self.progress.step + 1
         self.progress = Progress(step, self.progress.consumed_samples + config.train.global_batch)
-        if not all(math.isfinite(means[name]) for name in ("loss", "grad_norm")):
-            raise InputError(
-                f"step {step}: loss {means['loss']}, gradient norm {means['grad_norm']}; nothing was saved after the "
-                "last checkpoint. Lower optimizer.lr, lengthen warmup_steps or look at the data of this step"
-            )
         seconds = time.perf_counter() - start
         tokens = config.train.global_batch * config.data.seq_length
         figures = {
@@ -231,6 +201,13 @@ class Pretraining:
         if self.log:
             self.log.record(figures)
             self.log.progress(figures)
+        if not all(math.isfinite(means[name]) for name in ("loss", "grad_norm")):
+            message = (
+                f"step {step}: loss {means['loss']}, gradient norm {means['grad_norm']}; nothing was saved after the "
+                "last checkpoint. Lower optimizer.lr, lengthen warmup_steps or look at the data of this step"
+            )
+            self.say(message)
+            raise InputError(message)
         return figures
 
     def _evaluate(self, *, record: bool = True) -> None:
@@ -249,6 +226,7 @@ class Pretraining:
             micro_batch=train.micro_batch,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=dp,
+            pin_memory=torch.cuda.is_available(),
         )
         means = loop.evaluate(self.config, self.chunks, batches, rounds)
         figures = {f"valid_{name}": value for name, value in means.items()}
@@ -263,13 +241,6 @@ class Pretraining:
             )
 
     def _save(self) -> None:
-        about = {
-            "model": checkpoint.model_fields(self.config.model),
-            "vocab_size": self.tokenizer.vocab_size,
-            "tokenizer": self.tokenizer.sha256,
-            "distributed_optimizer": self.config.parallel.distributed_optimizer,
-            "sample_order": self._sample_order(),
-        }
         path = checkpoint.save(
             self.checkpoints,
             self.progress,
@@ -277,7 +248,7 @@ class Pretraining:
             self.optimizer,
             self.scheduler,
             keep=self.config.checkpoint,
-            about=about,
+            about=describe(self.config, self.tokenizer),
         )
         self.say(f"saved {path}")
 
@@ -307,17 +278,13 @@ class Pretraining:
         return sample.prompt + self.tokenizer.decode(new)
 
 
-def _because(notes: list[str]) -> str:
-    return ": " + "; ".join(notes) if notes else ""
-
-
 def _plain(config: Any) -> dict[str, Any]:
     """The config as YAML holds it, ready for --config: Megatron-Core's own fields only where they were set."""
     plain = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == "model":
-            value = checkpoint.model_fields(value)
+            value = model_fields(value)
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
         plain[field.name] = value

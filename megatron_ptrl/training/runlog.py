@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,23 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ptrl.config import LogConfig
-from megatron_ptrl.errors import InputError
 
 
 class RunLog:
-    """The files of one run directory. Resuming at a step drops what a killed run wrote after it."""
+    """The files of one run directory. Resuming at a step drops what a killed run wrote after it.
 
-    def __init__(self, run_dir: Path, config: LogConfig, *, first_step: int, last_step: int, settings: str) -> None:
+    settings: the resolved config for config.yaml; None leaves that of a complete run as it is
+    """
+
+    def __init__(
+        self, run_dir: Path, config: LogConfig, *, first_step: int, last_step: int, settings: str | None
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._every = config.every
         self._first_step, self._last_step, self._start = first_step, last_step, time.perf_counter()
-        (run_dir / "config.yaml").write_text(settings)
-        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
+        if settings is not None:
+            (run_dir / "config.yaml").write_text(settings)
+            (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
         metrics = run_dir / "metrics.jsonl"
         _keep_until(metrics, first_step)
         self._metrics = metrics.open("a")
@@ -102,13 +108,15 @@ def _tensorboard(run_dir: Path, first_step: int) -> Any:
 
 
 def _wandb(run_dir: Path, project: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise InputError(
-            f"log.wandb_project is {project} and wandb is not installed; pip install megatron-ptrl[wandb]"
-        ) from None
-    return wandb.init(project=project, dir=str(run_dir), name=run_dir.name, resume="allow")
+    import wandb
+
+    # One id for the life of the run directory, so that a resumed run goes on in its own chart.
+    identity = run_dir / "wandb_id.txt"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex)
+    return wandb.init(
+        project=project, dir=str(run_dir), name=run_dir.name, id=identity.read_text().strip(), resume="allow"
+    )
 
 
 def environment() -> dict[str, Any]:

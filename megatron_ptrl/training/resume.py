@@ -1,0 +1,136 @@
+"""Which checkpoint a run begins with, whether it belongs to this run, and what has changed since it was saved."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_ptrl.config import ModelConfig, PretrainConfig
+from megatron_ptrl.data.tokenizer import Tokenizer
+from megatron_ptrl.errors import InputError
+from megatron_ptrl.training import checkpoint
+from megatron_ptrl.training.checkpoint import Progress
+
+# Other fields of the model (dropout, recomputation, fusions, the pipeline split) may change from run to run.
+_DEFINE_THE_MODEL = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
+    *("normalization", "layernorm_epsilon", "qk_layernorm", "gated_linear_unit", "add_bias_linear", "add_qkv_bias"),
+    *("activation_func", "share_embeddings_and_output_weights", "rotary_base", "make_vocab_size_divisible_by"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_shared_expert_intermediate_size"),
+    *("moe_router_topk", "mtp_num_layers"),
+)
+_MUST_STAY = {
+    "train.global_batch": "the position in the data and the schedule are counted in it",
+    "parallel.distributed_optimizer": "Megatron-Core cannot convert the two forms",
+}
+_ORDER_SAMPLES = ("data.train", "data.valid", "data.split", "data.seq_length", "train.seed", "train.steps")
+
+
+def restore(
+    config: PretrainConfig, tokenizer: Tokenizer, chunks: list[Any], optimizer: Any, scheduler: Any
+) -> tuple[Progress, list[str]]:
+    """Load the newest whole checkpoint of the run, else the weights that `checkpoint.load` names, else nothing.
+
+    Returns how far the run has come and notes for its log. Collective over all ranks.
+    Raises InputError for a checkpoint of another model, tokenizer or batch, and where checkpoints exist but none is
+    whole: starting over would overwrite the run.
+    """
+    directory = Path(config.run_dir) / "checkpoints"
+    found = checkpoint.find_on_rank_0(directory)
+    notes = [f"not loaded: {reason}" for reason in found.passed_over]
+    if found.path is not None:
+        _check_same_model(found.path, config, tokenizer)
+        changed = _check_settings(found.path, config)
+        progress, whole = checkpoint.load(found.path, chunks, optimizer, scheduler)
+        notes += [f"continuing from {found.path} (step {progress.step})", *changed]
+        if not whole:
+            notes.append("the layout differs from the one that saved it: the random state of dropout starts anew")
+        return progress, notes
+    if found.named:
+        raise InputError(
+            f"{directory} has no whole checkpoint to continue from{_because(notes)}; restore one, or move the "
+            "directory away to start over"
+        )
+    if config.checkpoint.load is None:
+        return Progress(), notes
+    path, passed_over = _source(config.checkpoint.load)
+    _check_same_model(path, config, tokenizer)
+    checkpoint.load_weights(path, chunks, optimizer)
+    return Progress(), [*notes, *passed_over, f"starting from the weights of {path}"]
+
+
+def _source(load: str) -> tuple[Path, list[str]]:
+    directory = Path(load)
+    if (directory / "checkpoints").is_dir():
+        directory = directory / "checkpoints"
+    found = checkpoint.find_on_rank_0(directory)
+    notes = [f"not loaded: {reason}" for reason in found.passed_over]
+    if found.path is None:
+        raise InputError(f"checkpoint.load is {load} and there is no whole checkpoint in it{_because(notes)}")
+    return found.path, notes
+
+
+def describe(config: PretrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the manifest of a checkpoint says of the run: model, vocabulary, tokenizer, settings by dotted name."""
+    return {
+        "model": model_fields(config.model),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer.sha256,
+        "settings": _settings(config),
+    }
+
+
+def model_fields(model: ModelConfig) -> dict[str, Any]:
+    """Our own fields, and those of Megatron-Core that differ from their defaults, as JSON and YAML hold them."""
+    own = {field.name for field in dataclasses.fields(ModelConfig)}
+    return {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name in own or getattr(model, field.name) != field.default
+    }
+
+
+def _settings(config: PretrainConfig) -> dict[str, Any]:
+    """What a step's result follows from, besides the model."""
+    named = {"parallel.distributed_optimizer": config.parallel.distributed_optimizer}
+    for section in ("data", "loss", "optimizer", "train"):
+        for name, value in dataclasses.asdict(getattr(config, section)).items():
+            if not name.startswith("eval_") and name not in ("cache", "micro_batch"):
+                named[f"{section}.{name}"] = value
+    return named
+
+
+def _check_same_model(path: Path, config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    manifest, mine = checkpoint.read_manifest(path), describe(config, tokenizer)
+    saved = {name: manifest["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": manifest["vocab_size"]}
+    here = {name: mine["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": mine["vocab_size"]}
+    for name, value in saved.items():
+        if value != here[name]:
+            raise InputError(
+                f"{path} holds a model with {name} {value}, this run has {here[name]}; use the checkpoint's value or "
+                "another run_dir"
+            )
+    if manifest["tokenizer"] != mine["tokenizer"]:
+        raise InputError(
+            f"{path} was trained with another tokenizer (sha256 {manifest['tokenizer'][:12]}) than {tokenizer.path} "
+            f"({mine['tokenizer'][:12]}); tokenize the data with that one, by --tokenizer"
+        )
+
+
+def _check_settings(path: Path, config: PretrainConfig) -> list[str]:
+    """A note for each setting that changed since the checkpoint."""
+    saved, now = checkpoint.read_manifest(path)["settings"], _settings(config)
+    changed = {name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value}
+    for name, reason in _MUST_STAY.items():
+        if name in changed:
+            before, value = (str(x).lower() for x in changed[name])
+            raise InputError(
+                f"{path} was saved with {name} {before}, this run has {value}, and {reason}; use the checkpoint's value"
+            )
+    notes = [f"{name} was {before}, from here on it is {value}" for name, (before, value) in changed.items()]
+    if any(name in changed for name in _ORDER_SAMPLES):
+        notes.append("so the samples come in another order, and some may be seen twice")
+    return notes
+
+
+def _because(notes: list[str]) -> str:
+    return ": " + "; ".join(notes) if notes else ""
