@@ -81,7 +81,8 @@ def memory_per_rank(
     """Bytes on the fullest rank (first or last stage): weights, gradients, optimizer, activations, logits.
 
     Activations by the 34 s b h bytes a layer of bf16 of arXiv:2205.05198 without the s^2 terms, which torch's and
-    Transformer Engine's attention do not store; the first stage holds `pp` microbatches of its layers.
+    Transformer Engine's attention do not store; the first stage holds `pp` microbatches of its layers. Logits are
+    counted once, as the kernels need them; the loss in torch operators needs about ten times that.
     """
     parallel, model = config.parallel, config.model
     stage_layers = count.num_layers / parallel.pp
