@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_ptrl.errors import InputError
 
 DEFAULT_TOP_K = 100
+DEFAULT_CHUNK_TOKENS = 1024
 
 
 def _require(condition: bool, message: str) -> None:

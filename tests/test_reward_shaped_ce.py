@@ -195,6 +195,7 @@ def test_any_leading_dimensions_and_strides():
         loss.backward(upstream.view(shape))
         assert torch.equal(loss.reshape(-1), expected[0])
         assert torch.equal(leaf.grad.reshape(24, 333), expected[1])
+    assert torch.equal(reward_shaped_cross_entropy(z, target.repeat_interleave(2)[::2], RANKED), expected[0])
 
 
 def test_no_tokens():

@@ -15,7 +15,7 @@ from megatron_ptrl.errors import InputError
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # torch 2.13 deprecates the older name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Group(Protocol):
@@ -76,7 +76,7 @@ def reward_shaped_cross_entropy(
     Raises InputError for a wrong shape or dtype, shards of unequal width, a `vocab_size` above v, a target outside of
     the vocabulary (on CPUs), a `top_k` above it (an untouched default is capped where no reward depends on it).
     """
-    call = _Call(shaping, tp_group, inplace_backward, ignore_index, vocab_size, with_stats=False)
+    call = Call(shaping, tp_group, inplace_backward, ignore_index, vocab_size, with_stats=False)
     return _apply(vocab_parallel_logits, target, call)[0]
 
 
@@ -94,14 +94,14 @@ def reward_shaped_cross_entropy_with_stats(
 
     Always ranks: the all-gather carries the `top_k` logits even where no reward depends on them.
     """
-    call = _Call(shaping, tp_group, inplace_backward, ignore_index, vocab_size, with_stats=True)
+    call = Call(shaping, tp_group, inplace_backward, ignore_index, vocab_size, with_stats=True)
     loss, stats = _apply(vocab_parallel_logits, target, call)
     logprob, entropy, head_mass, target_in_head = stats.view(ops.STATS, *target.shape)
     return loss, TokenStats(logprob, entropy, head_mass, target_in_head.bool())
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """The arguments that are no tensors."""
 
     shaping: RewardShaping
@@ -129,7 +129,7 @@ class _Call:
         return self.shaping.top_k if self.with_stats or self.shaping.ranks_matter else 0
 
 
-def _apply(logits: Tensor, target: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+def _apply(logits: Tensor, target: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     _check_tensors(logits, target, call)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
@@ -138,15 +138,15 @@ def _apply(logits: Tensor, target: Tensor, call: _Call) -> tuple[Tensor, Tensor]
 
 class _RewardShapedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-        columns, shaping, ids = logits.shape[-1], call.shaping, target.reshape(-1)
+    def forward(ctx: Any, logits: Tensor, target: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        columns, shaping, ids = logits.shape[-1], call.shaping, target.reshape(-1).contiguous()
         start, ranked = call.vocab_start(columns), call.ranked(columns)
         numbers, keys = ops.reward_shaped_ce_stats(
             logits, ids, start, ranked, call.top_k, call.with_stats, call.ignore_index
         )
-        every_numbers, every_keys = _exchange(numbers, keys, call)
+        every_numbers, every_keys = exchange(numbers, keys, call)
         # After the exchange, so that every rank raises and none is left waiting.
-        _check_vocabulary(every_numbers, target, columns * call.shards, call)
+        check_vocabulary(every_numbers, target, columns * call.shards, call)
         loss, coefficients, stats = ops.reward_shaped_ce_combine(
             every_numbers, every_keys, ids, shaping.beta, shaping.lambda_head, shaping.lambda_tail, call.ignore_index
         )
@@ -175,14 +175,14 @@ class _RewardShapedCrossEntropy(torch.autograd.Function):
         return logits.detach(), None, None
 
 
-def _exchange(numbers: Tensor, keys: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+def exchange(numbers: Tensor, keys: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """[n, ...] of this rank -> [tp, n, ...] of all, in one all-gather."""
     if call.shards == 1:
         return numbers.unsqueeze(0), keys.unsqueeze(0)
     parts = (numbers, keys)
     record = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
     every = record.new_empty(call.shards * len(record))
-    _all_gather(every, record, group=call.tp_group)
+    all_gather(every, record, group=call.tp_group)
     pieces = every.view(call.shards, -1).split([part.nbytes for part in parts], dim=1)
     # Contiguous: a rank's bytes may start where its dtype cannot.
     numbers, keys = (
@@ -192,7 +192,7 @@ def _exchange(numbers: Tensor, keys: Tensor, call: _Call) -> tuple[Tensor, Tenso
     return numbers, keys
 
 
-def _check_tensors(logits: Tensor, target: Tensor, call: _Call) -> None:
+def _check_tensors(logits: Tensor, target: Tensor, call: Call) -> None:
     if logits.dtype not in DTYPES:
         raise InputError(f"vocab_parallel_logits are {logits.dtype}; expected bfloat16, float16 or float32")
     if target.dtype != torch.int64:
@@ -211,18 +211,23 @@ def _check_tensors(logits: Tensor, target: Tensor, call: _Call) -> None:
             f"vocab_parallel_logits have strides {list(logits.stride())}, which a gradient cannot be written over; "
             "expected a dense last dimension and no expanded one, or inplace_backward=False"
         )
-    call.shaping.check_vocabulary(logits.shape[-1] * call.shards if call.vocab_size is None else call.vocab_size)
+    check_top_k(logits.shape[-1], call)
 
 
-def _check_vocabulary(every_numbers: Tensor, target: Tensor, columns: int, call: _Call) -> None:
+def check_top_k(columns: int, call: Call) -> None:
+    """Against the whole vocabulary, of which a shard has `columns`."""
+    call.shaping.check_vocabulary(columns * call.shards if call.vocab_size is None else call.vocab_size)
+
+
+def check_vocabulary(
+    every_numbers: Tensor, target: Tensor, columns: int, call: Call, sharded: str = "vocab_parallel_logits"
+) -> None:
     """Widths and target values, read without waiting for a device: on a CPU only."""
     if target.device.type != "cpu" or target.numel() == 0:
         return
     widths = [int(width) for width in every_numbers[:, 0, ops.WIDTH]]
     if len(set(widths)) > 1:
-        raise InputError(
-            f"vocab_parallel_logits have {widths} columns on the ranks of tp_group; expected the same number on each"
-        )
+        raise InputError(f"{sharded} have {widths} columns on the ranks of tp_group; expected the same number on each")
     vocabulary = columns if call.vocab_size is None else call.vocab_size
     if not 1 <= vocabulary <= columns:
         raise InputError(
