@@ -64,11 +64,15 @@ class RewardShaping:
 class LossConfig(RewardShaping):
     """The reward shaping, and which implementation computes it."""
 
-    impl: Literal["reward_shaped", "megatron"] = "reward_shaped"
-    """`megatron` is Megatron-Core's own vocabulary-parallel cross entropy, for comparison; it cannot shape."""
+    impl: Literal["reward_shaped", "linear", "megatron"] = "reward_shaped"
+    """`linear` computes the same without holding the logits of all tokens, for one more product of the head's size;
+    `megatron` is Megatron-Core's own vocabulary-parallel cross entropy, for comparison; it cannot shape."""
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    """Tokens whose logits `linear` holds at a time."""
 
     def __post_init__(self) -> None:
         RewardShaping.__post_init__(self)
+        _require(self.chunk_tokens >= 1, f"loss.chunk_tokens is {self.chunk_tokens}; expected >= 1")
         shaped = self.beta or self.lambda_head or self.lambda_tail
         _require(
             not (self.impl == "megatron" and shaped),

@@ -59,6 +59,11 @@ def _check_tensor(config: PretrainConfig) -> None:
 
 def _check_pipeline(config: PretrainConfig, layout: Layout) -> None:
     parallel, model = config.parallel, config.model
+    if config.loss.impl == "linear" and getattr(model, "defer_embedding_wgrad_compute", False):
+        raise InputError(
+            "loss.impl is linear with model.defer_embedding_wgrad_compute, which keeps the gradient of all logits for "
+            "later; set it to false, or loss.impl to reward_shaped"
+        )
     if parallel.vpp is not None:
         if parallel.pp == 1 or parallel.vpp < 2:
             raise InputError(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_ptrl.config import LossConfig, ModelConfig, PretrainConfig
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.losses.linear_head import linear_reward_shaped_cross_entropy_with_stats
 from megatron_ptrl.losses.reward_shaped_ce import TokenStats, reward_shaped_cross_entropy_with_stats
 from megatron_ptrl.training import layers
 
@@ -66,10 +67,22 @@ def transformer_fields() -> list[tuple[dataclasses.Field, Any]]:
     return found
 
 
+class HeadInput(typing.NamedTuple):
+    """What the logits would be computed from, in their place."""
+
+    hidden: Tensor
+    """(s, b, h), or (s/tp, b, h) under sequence parallelism."""
+    weight: Tensor
+    """(v/tp, h)"""
+
+
 class RewardShapedGPTModel(GPTModel):
     """GPTModel whose language-model loss, and that of its multi-token-prediction heads, is the reward-shaped one.
 
     `token_stats` holds the by-products (s, b) of the last loss, for the logs; None with Megatron's own loss.
+
+    With `loss.impl` linear and labels the output layer hands on a `HeadInput`. It is still called as a module, because
+    Megatron's data parallelism hangs hooks on it that wait for its weight.
     """
 
     def __init__(self, *args: Any, loss: LossConfig, num_tokens_in_vocabulary: int, **kwargs: Any) -> None:
@@ -77,20 +90,48 @@ class RewardShapedGPTModel(GPTModel):
         self.loss = loss
         self.num_tokens_in_vocabulary = num_tokens_in_vocabulary
         self.token_stats: TokenStats | None = None
+        self._has_labels = False
+        if self.post_process and loss.impl == "linear":
+            self._compute_logits = self.output_layer.forward
+            self.output_layer.forward = self._head
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels (b, s) int64, logits (s, b, v/tp) -> loss (b, s) fp32."""
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As GPTModel: logits without labels, else the loss (b, s)."""
+        self._has_labels = labels is not None
+        return super().forward(*args, labels=labels, **kwargs)
+
+    def _head(self, hidden: Tensor, weight: Tensor | None = None, **kwargs: Any) -> tuple[Tensor | HeadInput, None]:
+        if not self._has_labels:
+            return self._compute_logits(hidden, weight=weight, **kwargs)
+        return HeadInput(hidden, self.output_layer.weight if weight is None else weight), None
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor | HeadInput) -> Tensor:
+        """labels (b, s) int64, logits (s, b, v/tp) or what they would come from -> loss (b, s) fp32."""
         if self.loss.impl == "megatron":
             return super().compute_language_model_loss(labels, logits)
-        loss, self.token_stats = reward_shaped_cross_entropy_with_stats(
-            logits,
-            labels.transpose(0, 1).contiguous(),
-            self.loss.shaping,
-            self.tp_group,
-            # Nothing reads the logits after the backward of the loss, so the gradient may take their place.
-            inplace_backward=torch.is_grad_enabled(),
-            vocab_size=self.num_tokens_in_vocabulary,
-        )
+        target, shaping = labels.transpose(0, 1).contiguous(), self.loss.shaping
+        if isinstance(logits, HeadInput):
+            loss, self.token_stats = linear_reward_shaped_cross_entropy_with_stats(
+                logits.hidden,
+                logits.weight,
+                target,
+                shaping,
+                self.tp_group,
+                sequence_parallel=self.output_layer.sequence_parallel,
+                vocab_size=self.num_tokens_in_vocabulary,
+                chunk_tokens=self.loss.chunk_tokens,
+                gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+            )
+        else:
+            loss, self.token_stats = reward_shaped_cross_entropy_with_stats(
+                logits,
+                target,
+                shaping,
+                self.tp_group,
+                # Nothing reads the logits after the backward of the loss, so the gradient may take their place.
+                inplace_backward=torch.is_grad_enabled(),
+                vocab_size=self.num_tokens_in_vocabulary,
+            )
         return loss.transpose(0, 1).contiguous()
 
 

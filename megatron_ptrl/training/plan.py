@@ -98,7 +98,8 @@ def memory_per_rank(
     split = parallel.tp if parallel.sequence_parallel else 1
     replicated = 10 * (width / 34) * (1 - 1 / parallel.tp) if split == 1 else 0
     per_token_layer = (width / parallel.tp + replicated) * model.hidden_size
-    logits = tokens * padded_vocab / parallel.tp * (2 if bf16 else 4)
+    with_logits = min(tokens, config.loss.chunk_tokens) if config.loss.impl == "linear" else tokens
+    logits = with_logits * padded_vocab / parallel.tp * (2 if bf16 else 4)
     return {
         "weights": mine * (2 if bf16 else 4),
         "gradients": mine * 4,
