@@ -18,7 +18,12 @@ class BuildLibrary(build_ext):
 
 kernels = Extension(
     "megatron_ptrl._C",
-    sources=["csrc/bindings.cpp", "csrc/reward_shaped_ce_cpu.cpp", "csrc/reward_shaped_ce_cpu_loops.cpp"],
+    sources=[
+        "csrc/bindings.cpp",
+        "csrc/remit_weights_cpu.cpp",
+        "csrc/reward_shaped_ce_cpu.cpp",
+        "csrc/reward_shaped_ce_cpu_loops.cpp",
+    ],
     depends=["csrc/checks.h", "csrc/reward_shaped_ce.h", "csrc/reward_shaped_ce_cpu.h"],
     include_dirs=include_paths(),
     library_dirs=library_paths(),

@@ -20,4 +20,13 @@ STABLE_TORCH_LIBRARY(megatron_ptrl, m) {
   m.def(
       "reward_shaped_ce_grad_(Tensor(a!) logits, Tensor target, Tensor grad_loss, Tensor coefficients, "
       "int vocab_start, int ranked) -> ()");
+  // ReMiT: over the kept tokens of each segment, the sum of reference_logprob - logprob and how many there are, (2,
+  // segments) in fp64. A segment lies within one row; without `segment` it is the row.
+  m.def(
+      "remit_gap_sums(Tensor logprob, Tensor reference_logprob, Tensor keep, Tensor? segment, int segments) -> "
+      "Tensor sums");
+  // The weights that follow from those sums: clip(2 sigmoid(gap - mean gap), 1 - epsilon, 1 + epsilon), 0 if not kept.
+  m.def(
+      "remit_weights(Tensor logprob, Tensor reference_logprob, Tensor keep, Tensor? segment, Tensor sums, "
+      "float epsilon) -> Tensor weights");
 }

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         linear_reward_shaped_cross_entropy,
         linear_reward_shaped_cross_entropy_with_stats,
     )
+    from megatron_ptrl.losses.remit import remit_weights
     from megatron_ptrl.losses.reward_shaped_ce import (
         TokenStats,
         reward_shaped_cross_entropy,
@@ -21,14 +22,20 @@ __all__ = [
     "TokenStats",
     "linear_reward_shaped_cross_entropy",
     "linear_reward_shaped_cross_entropy_with_stats",
+    "remit_weights",
     "reward_shaped_cross_entropy",
     "reward_shaped_cross_entropy_with_stats",
 ]
+
+_HOMES = {
+    "linear_reward_shaped_cross_entropy": "linear_head",
+    "linear_reward_shaped_cross_entropy_with_stats": "linear_head",
+    "remit_weights": "remit",
+}
 
 
 def __getattr__(name: str) -> Any:
     # On first use: torch takes seconds to import, and the data stages do without it.
     if name in __all__:
-        home = "linear_head" if name.startswith("linear_") else "reward_shaped_ce"
-        return getattr(import_module(f"megatron_ptrl.losses.{home}"), name)
+        return getattr(import_module(f"megatron_ptrl.losses.{_HOMES.get(name, 'reward_shaped_ce')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -112,6 +112,30 @@ def reward_shaped_ce_grad_(
         logits.copy_(_grad(logits, target, grad_loss, coefficients, vocab_start, ranked))
 
 
+def remit_gap_sums(
+    logprob: Tensor, reference_logprob: Tensor, keep: Tensor, segment: Tensor | None, segments: int
+) -> Tensor:
+    """Sum of reference_logprob - logprob over the kept tokens of each segment, and their number: [2, segments] fp64.
+
+    logprob, reference_logprob: [b, s] fp32 or fp64     keep: [b, s] bool     segment: [b, s] int64, None for the row
+    """
+    operator = torch.ops.megatron_ptrl.remit_gap_sums if _remit_kernels(logprob) else _remit_gap_sums
+    return operator(logprob, reference_logprob, keep, segment, segments)
+
+
+def remit_weights(
+    logprob: Tensor, reference_logprob: Tensor, keep: Tensor, segment: Tensor | None, sums: Tensor, epsilon: float
+) -> Tensor:
+    """clip(2 sigmoid(gap - mean gap of the segment), 1 - epsilon, 1 + epsilon), 0 where not kept: [b, s] fp32."""
+    operator = torch.ops.megatron_ptrl.remit_weights if _remit_kernels(logprob) else _remit_weights
+    return operator(logprob, reference_logprob, keep, segment, sums, epsilon)
+
+
+def _remit_kernels(x: Tensor) -> bool:
+    """A float a token is too little work for more than the CPU's kernel."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and load_kernels()
+
+
 def _register_fakes() -> None:
     """Shapes and dtypes only: lets torch.compile see through the operators."""
 
@@ -132,6 +156,14 @@ def _register_fakes() -> None:
     @torch.library.register_fake("megatron_ptrl::reward_shaped_ce_grad_")
     def _(*_: Any) -> None:
         return None
+
+    @torch.library.register_fake("megatron_ptrl::remit_gap_sums")
+    def _(logprob: Tensor, reference_logprob: Tensor, keep: Tensor, segment: Tensor | None, segments: int) -> Tensor:
+        return logprob.new_empty(2, segments, dtype=torch.float64)
+
+    @torch.library.register_fake("megatron_ptrl::remit_weights")
+    def _(logprob: Tensor, *_: Any) -> Tensor:
+        return torch.empty_like(logprob)
 
 
 def _local(target: Tensor, vocab_start: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -232,3 +264,28 @@ def _grad(
     # An ignored token: its logits may be anything, NaN included.
     grad = torch.where((coefficients == 0).all(-1, keepdim=True), 0, grad * grad_loss[:, None])
     return grad.to(logits.dtype).view(logits.shape)
+
+
+def _remit_gap_sums(
+    logprob: Tensor, reference_logprob: Tensor, keep: Tensor, segment: Tensor | None, segments: int
+) -> Tensor:
+    gap = torch.where(keep, reference_logprob.double() - logprob.double(), 0)
+    at = _segment_of(logprob, segment).reshape(-1)
+    sums = gap.new_zeros(2, segments)
+    for total, values in zip(sums, (gap, keep.double()), strict=True):
+        total.index_add_(0, at, values.reshape(-1))
+    return sums
+
+
+def _remit_weights(
+    logprob: Tensor, reference_logprob: Tensor, keep: Tensor, segment: Tensor | None, sums: Tensor, epsilon: float
+) -> Tensor:
+    mean = sums[0] / sums[1].clamp(min=1)
+    centred = reference_logprob.double() - logprob.double() - mean[_segment_of(logprob, segment)]
+    weights = (2 * centred.sigmoid()).clamp(1 - epsilon, 1 + epsilon)
+    return torch.where(keep, weights, 0).float()
+
+
+def _segment_of(logprob: Tensor, segment: Tensor | None) -> Tensor:
+    rows = torch.arange(len(logprob), device=logprob.device)
+    return rows[:, None].expand(logprob.shape) if segment is None else segment

@@ -40,3 +40,17 @@ def token_stats(
     entropy = -torch.where(p > 0, p * log_p, 0).sum(-1)
     logprob = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return logprob, entropy, (p * (head & ~is_target)).sum(-1), (head & is_target).any(-1)
+
+
+def remit_weights(
+    logprob: Tensor, reference_logprob: Tensor, loss_mask: Tensor, epsilon: float, document_ids: Tensor | None = None
+) -> Tensor:
+    """[b, s] -> [b, s]: clip(2 sigmoid(gap - mean gap), 1 - eps, 1 + eps), the mean over a row or a document of it."""
+    ids = torch.zeros_like(logprob) if document_ids is None else document_ids
+    weights = torch.zeros_like(logprob)
+    for row in range(len(logprob)):
+        for document in ids[row].unique():
+            kept = (ids[row] == document) & (loss_mask[row] != 0)
+            gap = reference_logprob[row, kept] - logprob[row, kept]
+            weights[row, kept] = (2 * (gap - gap.mean()).sigmoid()).clamp(1 - epsilon, 1 + epsilon)
+    return weights
