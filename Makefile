@@ -37,6 +37,7 @@ lint: .venv/.ready-dev ## Check style, format and types
 
 bench: .venv/.ready ## Measure the loss and a training step on this machine
 	@$(BIN)/python benchmarks/loss.py
+	@$(BIN)/python benchmarks/linear_head.py
 	@$(BIN)/python benchmarks/training.py
 
 # torch goes first: without build isolation the kernels compile against the very torch they will be loaded into.
