@@ -1,10 +1,14 @@
-// Checks of operator arguments that name the tensor and say what came and what was expected.
+// Checks of operator arguments, the same on every device: they name the tensor, what came and what was expected.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <string>
+#include <vector>
+
+#include "reward_shaped_ce.h"
+#include "rows.h"
 
 namespace ptrl {
 
@@ -30,3 +34,57 @@ std::string shape_text(const Sizes& sizes) {
 #define PTRL_CHECK_TYPE(x, type)                                                                   \
   STD_TORCH_CHECK((x).scalar_type() == torch::headeronly::ScalarType::type, #x " has scalar type " \
                   "number ", (int)(x).scalar_type(), ", expected " #type)
+
+namespace ptrl {
+
+inline Rows rows_of(const torch::stable::Tensor& x, const char* name) {
+  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(x.strides().begin(), x.strides().end());
+  STD_TORCH_CHECK(!sizes.empty() && (sizes.back() <= 1 || strides.back() == 1), name, " has strides ",
+                  shape_text(strides), ", expected the last dimension to be dense");
+  Rows rows;
+  STD_TORCH_CHECK(find_rows(x.data_ptr(), x.element_size(), sizes.data(), strides.data(), (int64_t)sizes.size(), rows),
+                  name, " has strides ", shape_text(strides), ", expected at most ", (int)Rows::kDims,
+                  " leading dimensions that do not follow on each other");
+  return rows;
+}
+
+inline void check_stats(const Rows& logits, const torch::stable::Tensor& target, int64_t ranked, int64_t top_k) {
+  const int64_t rows = logits.count, columns = logits.columns;
+  PTRL_CHECK_TYPE(target, Long);
+  PTRL_CHECK_CONTIGUOUS(target);
+  PTRL_CHECK_SHAPE(target, rows);
+  STD_TORCH_CHECK(0 <= ranked && ranked <= columns, "ranked is ", ranked, ", expected 0 to ", columns);
+  STD_TORCH_CHECK(0 <= top_k && top_k < 1 << 24, "top_k is ", top_k, ", expected >= 0 and < 2^24");
+  STD_TORCH_CHECK(columns < 1 << 24, "logits have ", columns, " columns, expected < 2^24");
+}
+
+inline void check_combine(const torch::stable::Tensor& numbers, const torch::stable::Tensor& keys,
+                          const torch::stable::Tensor& target) {
+  STD_TORCH_CHECK(keys.dim() == 3, "keys have shape ", shape_text(keys.sizes()), ", expected (shards, rows, top_k)");
+  const int64_t shards = keys.size(0), rows = keys.size(1);
+  PTRL_CHECK_TYPE(numbers, Float);
+  PTRL_CHECK_TYPE(target, Long);
+  PTRL_CHECK_SHAPE(numbers, shards, rows, kNumbers);
+  PTRL_CHECK_SHAPE(target, rows);
+  PTRL_CHECK_CONTIGUOUS(numbers);
+  PTRL_CHECK_CONTIGUOUS(keys);
+  PTRL_CHECK_CONTIGUOUS(target);
+}
+
+inline void check_grad(const Rows& logits, const torch::stable::Tensor& target, const torch::stable::Tensor& grad_loss,
+                       const torch::stable::Tensor& coefficients, int64_t ranked) {
+  const int64_t rows = logits.count, columns = logits.columns;
+  PTRL_CHECK_TYPE(target, Long);
+  PTRL_CHECK_TYPE(grad_loss, Float);
+  PTRL_CHECK_TYPE(coefficients, Float);
+  PTRL_CHECK_SHAPE(target, rows);
+  PTRL_CHECK_SHAPE(grad_loss, rows);
+  PTRL_CHECK_SHAPE(coefficients, rows, kCoefficients);
+  PTRL_CHECK_CONTIGUOUS(target);
+  PTRL_CHECK_CONTIGUOUS(grad_loss);
+  PTRL_CHECK_CONTIGUOUS(coefficients);
+  STD_TORCH_CHECK(0 <= ranked && ranked <= columns, "ranked is ", ranked, ", expected 0 to ", columns);
+  STD_TORCH_CHECK(columns < 1 << 24, "logits have ", columns, " columns, expected < 2^24");
+}
+
+}  // namespace ptrl

@@ -36,35 +36,6 @@ const Kernels& kernels_for(const Tensor& x, const char* name) {
   }
 }
 
-// Where the rows of a tensor with any leading dimensions start; only the last dimension must be dense.
-class Rows {
- public:
-  explicit Rows(const Tensor& x, const char* name)
-      : base_(static_cast<char*>(x.data_ptr())),
-        item_(x.element_size()),
-        sizes_(x.sizes().begin(), x.sizes().end()),
-        strides_(x.strides().begin(), x.strides().end()) {
-    STD_TORCH_CHECK(!sizes_.empty() && (sizes_.back() <= 1 || strides_.back() == 1), name, " has strides ",
-                    shape_text(strides_), ", expected the last dimension to be dense");
-    for (size_t d = 0; d + 1 < sizes_.size(); d++) count_ *= sizes_[d];
-  }
-
-  int64_t count() const { return count_; }
-  int64_t columns() const { return sizes_.back(); }
-
-  void* operator[](int64_t row) const {
-    int64_t offset = 0;
-    for (size_t d = sizes_.size() - 1; d-- > 0; row /= sizes_[d]) offset += row % sizes_[d] * strides_[d];
-    return base_ + offset * item_;
-  }
-
- private:
-  char* base_;
-  int64_t item_;
-  std::vector<int64_t> sizes_, strides_;
-  int64_t count_ = 1;
-};
-
 // With few rows a row is cut into segments of at least 16384 columns. How many depends on the shape alone, so that the
 // result does not depend on the number of threads.
 int64_t segments_per_row(int64_t rows, int64_t columns) {
@@ -74,14 +45,9 @@ int64_t segments_per_row(int64_t rows, int64_t columns) {
 std::tuple<Tensor, Tensor> stats(const Tensor& logits, const Tensor& target, int64_t vocab_start, int64_t ranked,
                                  int64_t top_k, bool entropy, std::optional<int64_t> ignore_index) {
   const Kernels& kernels = kernels_for(logits, "logits");
-  const Rows z(logits, "logits");
-  const int64_t rows = z.count(), columns = z.columns();
-  PTRL_CHECK_TYPE(target, Long);
-  PTRL_CHECK_CONTIGUOUS(target);
-  PTRL_CHECK_SHAPE(target, rows);
-  STD_TORCH_CHECK(0 <= ranked && ranked <= columns, "ranked is ", ranked, ", expected 0 to ", columns);
-  STD_TORCH_CHECK(top_k >= 0, "top_k is ", top_k, ", expected >= 0");
-  STD_TORCH_CHECK(columns < 1 << 24, "logits have ", columns, " columns, expected < 2^24");
+  const Rows z = rows_of(logits, "logits");
+  const int64_t rows = z.count, columns = z.columns;
+  check_stats(z, target, ranked, top_k);
 
   Tensor numbers = torch::stable::new_empty(logits, {rows, kNumbers}, ScalarType::Float);
   Tensor keys = torch::stable::new_empty(logits, {rows, top_k});
@@ -102,7 +68,7 @@ std::tuple<Tensor, Tensor> stats(const Tensor& logits, const Tensor& target, int
     for (int64_t i = begin; i < end; i++) {
       const int64_t row = i / parts, first = std::min(i % parts * width, columns);
       if (ignore_index && targets[row] == *ignore_index) continue;
-      const Segment segment{static_cast<const char*>(z[row]) + first * logits.element_size(),
+      const Segment segment{z[row] + first * logits.element_size(),
                             std::min(width, columns - first), ranked - first, targets[row] - vocab_start - first};
       kernels.stats(segment, top_k, entropy, scratch, totals[i], lists + i * list_bytes, ties[i]);
     }
@@ -134,15 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> combine(const Tensor& numbers, const Tensor& 
                                            double lambda_head, double lambda_tail,
                                            std::optional<int64_t> ignore_index) {
   const Kernels& kernels = kernels_for(keys, "keys");
-  STD_TORCH_CHECK(keys.dim() == 3, "keys have shape ", shape_text(keys.sizes()), ", expected (shards, rows, top_k)");
+  check_combine(numbers, keys, target);
   const int64_t shards = keys.size(0), rows = keys.size(1), top_k = keys.size(2);
-  PTRL_CHECK_TYPE(numbers, Float);
-  PTRL_CHECK_TYPE(target, Long);
-  PTRL_CHECK_SHAPE(numbers, shards, rows, kNumbers);
-  PTRL_CHECK_SHAPE(target, rows);
-  PTRL_CHECK_CONTIGUOUS(numbers);
-  PTRL_CHECK_CONTIGUOUS(keys);
-  PTRL_CHECK_CONTIGUOUS(target);
 
   Tensor loss = torch::stable::new_empty(numbers, {rows});
   Tensor coefficients = torch::stable::new_empty(numbers, {rows, kCoefficients});
@@ -189,18 +148,9 @@ std::tuple<Tensor, Tensor, Tensor> combine(const Tensor& numbers, const Tensor& 
 void write_gradient(const Tensor& logits, const Tensor& target, const Tensor& grad_loss, const Tensor& coefficients,
                     int64_t vocab_start, int64_t ranked, const Tensor& grad) {
   const Kernels& kernels = kernels_for(logits, "logits");
-  const Rows z(logits, "logits"), g(grad, "grad");
-  const int64_t rows = z.count(), columns = z.columns();
-  PTRL_CHECK_TYPE(target, Long);
-  PTRL_CHECK_TYPE(grad_loss, Float);
-  PTRL_CHECK_TYPE(coefficients, Float);
-  PTRL_CHECK_SHAPE(target, rows);
-  PTRL_CHECK_SHAPE(grad_loss, rows);
-  PTRL_CHECK_SHAPE(coefficients, rows, kCoefficients);
-  PTRL_CHECK_CONTIGUOUS(target);
-  PTRL_CHECK_CONTIGUOUS(grad_loss);
-  PTRL_CHECK_CONTIGUOUS(coefficients);
-  STD_TORCH_CHECK(0 <= ranked && ranked <= columns, "ranked is ", ranked, ", expected 0 to ", columns);
+  const Rows z = rows_of(logits, "logits"), g = rows_of(grad, "grad");
+  const int64_t rows = z.count, columns = z.columns;
+  check_grad(z, target, grad_loss, coefficients, ranked);
 
   const int64_t* targets = target.const_data_ptr<int64_t>();
   const float* upstream = grad_loss.const_data_ptr<float>();
@@ -210,9 +160,9 @@ void write_gradient(const Tensor& logits, const Tensor& target, const Tensor& gr
   torch::stable::parallel_for(0, rows * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t row = i / tiles, first = i % tiles * kTile;
-      const Segment segment{static_cast<const char*>(z[row]) + first * item, std::min(kTile, columns - first),
+      const Segment segment{z[row] + first * item, std::min(kTile, columns - first),
                             ranked - first, targets[row] - vocab_start - first};
-      kernels.gradient(segment, c + row * kCoefficients, upstream[row], static_cast<char*>(g[row]) + first * item);
+      kernels.gradient(segment, c + row * kCoefficients, upstream[row], g[row] + first * item);
     }
   });
 }

@@ -111,14 +111,18 @@ def _compilers() -> Iterator[Finding]:
         cost="the kernels cannot be built",
         fix="apt-get install g++, or set CXX",
     )
-    cuda_home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    found = shutil.which("nvcc") or os.path.join(cuda_home, "bin", "nvcc")
     yield _program(
         "nvcc",
-        found,
+        _nvcc(),
         cost="the CUDA kernels cannot be built, on a GPU the loss runs in plain torch",
         fix="install the CUDA toolkit of torch's CUDA version and set CUDA_HOME",
     )
+
+
+def _nvcc() -> str:
+    """Where setup.py finds it, if it is there."""
+    beside = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
+    return beside if os.path.exists(beside) else shutil.which("nvcc") or beside
 
 
 def _program(name: str, command: str, *, cost: str, fix: str) -> Finding:
@@ -157,8 +161,22 @@ def _kernels() -> Finding:
         detail = f"{ops.LIBRARY} does not load" if ops.LIBRARY.exists() else f"{ops.LIBRARY.name} was not built"
         return Finding(name="kernels", present=False, detail=detail, cost=cost, fix=fix)
     serves = importlib.import_module("torch")._C._dispatch_has_kernel_for_dispatch_key
-    devices = [device for device in ("CPU", "CUDA") if serves("megatron_ptrl::reward_shaped_ce_stats", device)]
-    return Finding(name="kernels", present=True, detail=f"{ops.LIBRARY.name} loads, for {' and '.join(devices)}")
+    if serves("megatron_ptrl::reward_shaped_ce_stats", "CUDA"):
+        return Finding(name="kernels", present=True, detail=f"{ops.LIBRARY.name} loads, for CPU and CUDA")
+    reason, fix = _why_no_cuda_kernels()
+    return Finding(
+        name="kernels", present=True, detail=f"{ops.LIBRARY.name} loads, for CPU; not CUDA: {reason}", fix=fix
+    )
+
+
+def _why_no_cuda_kernels() -> tuple[str, str]:
+    """What setup.py decides by, and what would change it."""
+    if importlib.import_module("torch").version.cuda is None:
+        return "torch is a CPU build, which has no use for them", ""
+    if shutil.which(_nvcc()) is None:
+        return "there is no nvcc", "install the CUDA toolkit, then megatron_ptrl again"
+    reason = "they did not build, or MEGATRON_PTRL_CUDA was 0"
+    return reason, "MEGATRON_PTRL_CUDA=1 pip install -v --no-build-isolation -e . (in the source tree)"
 
 
 def _packages() -> Iterator[Finding]:

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from megatron_ptrl import doctor, ops
 from megatron_ptrl.config import DoctorConfig
@@ -93,6 +94,21 @@ def test_kernels_that_are_not_there_or_turned_off(monkeypatch, tmp_path):
     assert "does not load" in doctor._kernels().detail
     monkeypatch.setenv("MEGATRON_PTRL_KERNELS", "0")
     assert doctor._kernels().fix == "unset MEGATRON_PTRL_KERNELS"
+
+
+@pytest.mark.skipif(not ops.load_kernels(), reason="the kernels were not built")
+def test_kernels_say_which_devices_they_serve(monkeypatch):
+    serves = {"CPU", "CUDA"}
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, device: device in serves)
+    assert doctor._kernels().detail == "_C.so loads, for CPU and CUDA"
+    serves.remove("CUDA")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "for CPU; not CUDA: torch is a CPU build" in doctor._kernels().detail
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "_nvcc", lambda: "no-such-nvcc")
+    assert "for CPU; not CUDA: there is no nvcc" in doctor._kernels().detail
+    monkeypatch.setattr(doctor, "_nvcc", lambda: sys.executable)
+    assert doctor._kernels().fix.startswith("MEGATRON_PTRL_CUDA=1 pip install")
 
 
 def test_json_is_one_object_a_line(capsys):
