@@ -19,7 +19,7 @@ SOURCES := Makefile pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint bench
+.PHONY: help quickstart test lint bench gpu
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -39,6 +39,12 @@ bench: .venv/.ready ## Measure the loss and a training step on this machine
 	@$(BIN)/python benchmarks/loss.py
 	@$(BIN)/python benchmarks/linear_head.py
 	@$(BIN)/python benchmarks/training.py
+
+gpu: .venv/.ready-dev ## With a CUDA device: run the tests that need one, measure the loss on it
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
+	@$(BIN)/python -m megatron_ptrl doctor
+	@$(BIN)/python -m pytest -q -m gpu $(ARGS)
+	@$(BIN)/python benchmarks/loss.py --device cuda --output benchmarks/results
 
 # torch goes first: without build isolation the kernels compile against the very torch they will be loaded into.
 # The old kernels go first, because a build that fails is no error to pip and would leave them behind.

@@ -1,10 +1,12 @@
 """Forward + backward of the losses on this machine: time, share of the copy bandwidth, memory; one run, one table.
 
-    python benchmarks/loss.py [--tokens 256] [--vocab 32768 131072] [--rounds 9] [--output benchmarks/results/NAME.json]
+    python benchmarks/loss.py [--device cpu] [--tokens 256] [--vocab 32768 131072] [--rounds 9] [--output NAME.json]
 
 The least bytes per bf16 logit: 2 read in the forward, 2 read and 2 written in the backward. The floor is 1.5 copies.
 Providers take turns within a round, so that a busy machine slows all of them alike. Each figure comes as the median and
 as the best of the rounds, which other programs on the machine disturb least; the ratios are shown for both.
+
+On a GPU the time is that between two events on the stream, and the rivals are those that are installed.
 """
 
 import argparse
@@ -12,31 +14,21 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from rivals import Provider, backward_through, gpu_rivals, megatron
 from torch import Tensor
 
 from megatron_ptrl import RewardShaping, reward_shaped_cross_entropy, reward_shaped_cross_entropy_with_stats
 from megatron_ptrl.ops import load_kernels
 
 SHAPED = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.05, top_k=100)
-Provider = Callable[[Tensor, Tensor, Tensor], object]
-
-
-def backward_through(loss: Callable[[Tensor, Tensor], Tensor]) -> Provider:
-    def run(z: Tensor, y: Tensor, upstream: Tensor) -> Tensor:
-        leaf = z.detach().requires_grad_()
-        return torch.autograd.grad(loss(leaf, y), leaf, upstream)[0]
-
-    return run
 
 
 def torch_operators(z: Tensor, y: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,24 +46,12 @@ def torch_operators(z: Tensor, y: Tensor, upstream: Tensor) -> tuple[Tensor, Ten
     return (-w * log_px - mass).squeeze(1), (grad * upstream[:, None]).to(z.dtype)
 
 
-def megatron() -> Provider:
-    """Megatron-Core's plain cross entropy, in a group of one rank."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    if not dist.is_initialized():
-        store = Path(tempfile.mkdtemp()) / "store"
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-    return backward_through(vocab_parallel_cross_entropy)
-
-
-def providers(shape: tuple[int, int]) -> dict[str, Provider]:
+def providers(shape: tuple[int, int], device: str) -> dict[str, Provider]:
     def ours(shaping: RewardShaping, **options: bool) -> Provider:
         return backward_through(lambda z, y: reward_shaped_cross_entropy(z, y, shaping, **options))
 
-    copy_target = torch.empty(shape, dtype=torch.bfloat16).zero_()
-    return {
+    copy_target = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    found = {
         "copy of the logits": lambda z, y, upstream: copy_target.copy_(z),
         "ours, shaped, k=100": ours(SHAPED),
         "ours, shaped, in place": ours(SHAPED, inplace_backward=True),
@@ -85,25 +65,40 @@ def providers(shape: tuple[int, int]) -> dict[str, Provider]:
         "plain, F.cross_entropy(z.float())": backward_through(
             lambda z, y: F.cross_entropy(z.float(), y, reduction="none")
         ),
-        "plain, Megatron-Core": megatron(),
+        "plain, Megatron-Core": megatron(device),
     }
+    if device == "cuda":
+        found |= gpu_rivals()
+    return found
 
 
-def milliseconds(tokens: int, vocab: int, rounds: int) -> dict[str, dict[str, float]]:
+def milliseconds_of(run: Provider, z: Tensor, y: Tensor, upstream: Tensor) -> float:
+    if z.is_cuda:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run(z, y, upstream)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    start = time.perf_counter()
+    run(z, y, upstream)
+    return (time.perf_counter() - start) * 1e3
+
+
+def milliseconds(tokens: int, vocab: int, rounds: int, device: str) -> dict[str, dict[str, float]]:
     """Median and best of the rounds."""
     torch.manual_seed(0)
-    z = (torch.randn(tokens, vocab) * 2).bfloat16()
-    y, upstream = torch.randint(vocab, (tokens,)), torch.rand(tokens)
-    candidates = providers((tokens, vocab))
+    z = torch.randn(tokens, vocab, device=device, dtype=torch.bfloat16) * 2
+    y, upstream = torch.randint(vocab, (tokens,), device=device), torch.rand(tokens, device=device)
+    candidates = providers((tokens, vocab), device)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     scratch = z.clone()
     for round_ in range(rounds + 1):  # the first one warms up
         for name, run in candidates.items():
             scratch.copy_(z)  # some providers overwrite their input
-            start = time.perf_counter()
-            run(scratch, y, upstream)
+            elapsed = milliseconds_of(run, scratch, y, upstream)
             if round_ > 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(elapsed)
     return {name: {"median": statistics.median(each), "best": min(each)} for name, each in times.items()}
 
 
@@ -113,33 +108,40 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def extra_bytes_per_token(name: str, tokens: int, vocab: int) -> float:
-    """Growth of the process's peak resident memory beyond the logits and one gradient."""
-    tiny = torch.randn(8, 128).bfloat16()
-    z = torch.randn(tokens, vocab, dtype=torch.bfloat16)
-    y, upstream = torch.randint(128, (tokens,)), torch.rand(tokens)
-    run = providers((1, 1))[name]
+def extra_bytes_per_token(name: str, tokens: int, vocab: int, device: str) -> float:
+    """Growth of the peak memory, the device's or the process's own, beyond the logits and one gradient."""
+    tiny = torch.randn(8, 128, device=device, dtype=torch.bfloat16)
+    z = torch.randn(tokens, vocab, device=device, dtype=torch.bfloat16)
+    y, upstream = torch.randint(128, (tokens,), device=device), torch.rand(tokens, device=device)
+    run = providers((1, 1), device)[name]
     run(tiny, y[:8], upstream[:8])  # threads, libraries
+    if device == "cuda":
+        before = torch.cuda.memory_allocated() + z.nbytes
+        torch.cuda.reset_peak_memory_stats()
+        run(z, y, upstream)
+        return (torch.cuda.max_memory_allocated() - before) / tokens
     torch.ones_like(z)
     before = peak_bytes()
     run(z, y, upstream)
     return (peak_bytes() - before) / tokens
 
 
-def memory(names: list[str], tokens: int, vocab: int) -> dict[str, float]:
-    """Each in a process of its own, because a peak cannot be reset."""
+def memory(names: list[str], tokens: int, vocab: int, device: str) -> dict[str, float]:
+    """Each in a process of its own, because a process's peak cannot be reset."""
     found = {}
     for name in names:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[name] = pool.apply(extra_bytes_per_token, (name, tokens, vocab))
+            found[name] = pool.apply(extra_bytes_per_token, (name, tokens, vocab, device))
     return found
 
 
-def environment() -> dict[str, object]:
+def environment(device: str) -> dict[str, object]:
     model = next(s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s)
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
     return {
+        **gpu,
         "cpu": f"{model}, {os.cpu_count()} cores, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -149,22 +151,33 @@ def environment() -> dict[str, object]:
     }
 
 
+def named(folder: Path, result: dict[str, object]) -> Path:
+    """`h200-2026-11-21.json`, after the device and the date."""
+    device = str(result.get("gpu") or result["cpu"]).split(",")[0]
+    words = [word for word in re.findall(r"[a-z0-9]+", device.lower()) if word != "nvidia"]
+    return folder / f"{'-'.join(words)}-{result['date']}.json"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--tokens", type=int, help="default: 256 on a CPU, 8192 on a GPU")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-memory", action="store_true", help="skip the memory figures")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file, or into this folder")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no CUDA device")
+    tokens = args.tokens or (8192 if args.device == "cuda" else 256)
 
-    result: dict[str, object] = environment()
+    result: dict[str, object] = environment(args.device)
     print("# " + ", ".join(f"{key} {value}" for key, value in result.items()))
     for vocab in args.vocab:
-        times = milliseconds(args.tokens, vocab, args.rounds)
-        result[f"ms, {args.tokens} x {vocab}"] = times
+        times = milliseconds(tokens, vocab, args.rounds, args.device)
+        result[f"ms, {tokens} x {vocab}"] = times
         ours, copy = times["ours, shaped, k=100"], times["copy of the logits"]
-        title = f"bf16, {args.tokens} tokens x {vocab}, forward + backward"
+        title = f"bf16, {tokens} tokens x {vocab}, forward + backward"
         print(f"\n{title:52}median ms  / ours  best ms  / ours  floor")
         for name, ms in times.items():
             ratios = {kind: ms[kind] / ours[kind] for kind in ms}
@@ -174,14 +187,16 @@ def main() -> None:
             )
     if not args.no_memory:
         names = ["ours, shaped, k=100", "ours, shaped, statistics", "shaped, torch operators", "plain, Megatron-Core"]
-        extra = memory(names, 1024, 32768)
+        extra = memory(names, 1024, 32768, args.device)
         result["peak bytes a token beyond logits and gradient, 1024 x 32768"] = extra
         print("\npeak memory beyond the logits and their gradient, 1024 tokens x 32768")
         for name, size in extra.items():
             print(f"  {name:42}{size:12.0f} bytes a token")
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        output = args.output if args.output.suffix == ".json" else named(args.output, result)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"\n{output}")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,25 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+import torch
 from ranks import Ranks
 from tiny import make_corpus
 
 # The first call of a torch operator takes longer than hypothesis's default of 200 ms.
 hypothesis.settings.register_profile("ptrl", deadline=None)
 hypothesis.settings.load_profile("ptrl")
+
+
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the test's new tensors are, without its saying so."""
+    if request.param != "cpu":
+        torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ def requirements() -> list[str]:
         ("test", ["--no-build-isolation -e '.[dev]'", "-m pytest"]),
         ("lint", ["ruff check", "ruff format --check", "mypy"]),
         ("bench", ["benchmarks/loss.py", "benchmarks/linear_head.py", "benchmarks/training.py"]),
+        ("gpu", ["torch.cuda.is_available()", "-m pytest -q -m gpu", "benchmarks/loss.py --device cuda"]),
         ("help", ["Makefile"]),
     ],
 )

@@ -12,7 +12,10 @@ from torch.library import opcheck
 
 from megatron_ptrl import ops
 
-pytestmark = pytest.mark.skipif(not ops.load_kernels(), reason="the kernels were not built")
+pytestmark = [
+    pytest.mark.skipif(not ops.load_kernels(), reason="the kernels were not built"),
+    pytest.mark.usefixtures("device"),
+]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

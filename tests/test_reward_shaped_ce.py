@@ -18,6 +18,7 @@ from megatron_ptrl import (
 )
 from megatron_ptrl.reference import token_stats
 
+pytestmark = pytest.mark.usefixtures("device")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # 1 row: cut into segments when wide. 129 and 4097: no multiple of a vector. 33: more rows than threads.
 SHAPES = [(1, 8), (33, 129), (20, 4097), (2, 70001)]
