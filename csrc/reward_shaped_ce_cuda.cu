@@ -102,7 +102,7 @@ void write_gradient(const Tensor& logits, const Tensor& target, const Tensor& gr
   check_device(grad_loss, "grad_loss", logits);
   check_device(coefficients, "coefficients", logits);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  if (z.count > 0)
+  if (z.count > 0 && z.columns > 0)
     run(dtype,
         GradCall{z, g, targets_of(target, std::nullopt), grad_loss.const_data_ptr<float>(),
                  coefficients.const_data_ptr<float>(), vocab_start, (int)ranked},
