@@ -61,6 +61,7 @@ template <class T, int kThreads>
 class TopK {
   using Key = typename T::Key;
   using Shared = Candidates<T, kThreads>;
+  static_assert(kMostFused<kThreads> <= Shared::kRoom - Shared::kTile);
 
  public:
   __device__ TopK(Shared& shared, int k) : shared_(shared), k_(k), block_sum_{shared.sums} {}

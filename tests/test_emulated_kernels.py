@@ -4,6 +4,7 @@ The same bar as for every other implementation, against fp64, on rows that lead 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_ptrl import RewardShaping, ops, reward_shaped_cross_entropy
 
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 # One tile of the emulated blocks is 64 x 16 bytes of a row; their buffers hold four, and up to 256 keys are ranked in
 # the same read.
 TILE = 512

@@ -1,11 +1,13 @@
 """The emulation of thread blocks shows the mistakes it is there for."""
 
 import ctypes
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 FOLDER = Path(__file__).parent / "cuda_emulation"
 THREADS = 64
 RIGHT, NO_BARRIER, MISSED, FINISHED, DIFFERENT = range(5)
