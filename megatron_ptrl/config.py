@@ -25,13 +25,10 @@ class RewardShaping:
 
     beta: float = 0.0
     """Exponent of the positive reward, > -1. Below 0 the distribution sharpens, above 0 it flattens."""
-
     lambda_head: float = 0.0
     """The paper's lambda-tilde: reward of the other tokens among the `top_k` most probable; > 0 keeps them alive."""
-
     lambda_tail: float = 0.0
     """The paper's lambda-hat: reward of the tokens outside the `top_k`. Below 0 pushes them down."""
-
     top_k: int = DEFAULT_TOP_K
     """How many of the most probable tokens form the head; ties with the last one are all in."""
 
