@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
 
-    result: dict[str, object] = environment()
+    result: dict[str, object] = environment("cpu")
     print("# " + ", ".join(f"{key} {value}" for key, value in result.items()))
     for dtype in (torch.bfloat16, torch.float32):
         title = f"{dtype}".removeprefix("torch.") + f", {args.tokens} tokens x {args.vocab} x {args.hidden}"
