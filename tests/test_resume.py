@@ -53,22 +53,40 @@ def kill_family(process: subprocess.Popen[str]) -> None:
     process.wait(DEADLINE)
 
 
-def rank_pid(process: subprocess.Popen[str], rank: int) -> int:
+def rank_pids(process: subprocess.Popen[str]) -> list[int]:
+    """In the order of the ranks; fewer than two while they are being started or when they have ended."""
+    found = {}
     for pid in family(process):
         with contextlib.suppress(OSError):
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if f"RANK={rank}".encode() in environment and b"pretrain" in words:
-                return pid
-    raise AssertionError(f"there is no rank {rank}")
+            if b"pretrain" in words:
+                found |= {rank: pid for rank in range(2) if f"RANK={rank}".encode() in environment}
+    return [found[rank] for rank in sorted(found)]
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> list[int]:
+    """Returns at that moment, with the ranks stopped; their process ids.
+
+    They run for a few milliseconds at a time, so that none of their steps passes unseen on a fast machine.
+    """
     end = time.monotonic() + DEADLINE
+    pids: list[int] = []
     while not condition():
         assert process.poll() is None, f"the run ended with {process.returncode} before that moment"
         assert time.monotonic() < end, "that moment did not come in time"
-        time.sleep(0.001)
+        if len(pids) < 2:
+            pids = rank_pids(process)
+        tell(pids, signal.SIGCONT)
+        time.sleep(0.004)
+        tell(pids, signal.SIGSTOP)
+    return pids or rank_pids(process)
+
+
+def tell(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def steps_done(settings: Settings) -> int:
@@ -117,12 +135,13 @@ def test_signals_save_and_go_on_or_save_and_stop(prefix, tmp_path, uninterrupted
     settings = run_settings(prefix, tmp_path / "run") | {"checkpoint.save_every": 0, "checkpoint.keep_last": 9}
     checkpoints = tmp_path / "run" / "checkpoints"
     with launched(settings) as process:
-        wait_until(lambda: steps_done(settings) >= 2, process)
-        os.kill(rank_pid(process, 1), signal.SIGUSR1)
+        pids = wait_until(lambda: steps_done(settings) >= 2, process)
+        tell(pids[1:], signal.SIGUSR1)
         wait_until(lambda: any(checkpoints.glob("step_*")), process)
         after_save = steps_done(settings)
         wait_until(lambda: steps_done(settings) > after_save, process)
-        os.kill(rank_pid(process, 1), signal.SIGTERM)
+        tell(pids[1:], signal.SIGTERM)
+        tell(pids, signal.SIGCONT)
         assert process.wait(DEADLINE) == 0
     saved = sorted(int(path.name.removeprefix("step_")) for path in checkpoints.iterdir())
     stopped = len([row for row in read_metrics(tmp_path / "run") if "loss" in row])
