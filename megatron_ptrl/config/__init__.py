@@ -1,0 +1,37 @@
+"""One frozen dataclass per concern; the flags, the YAML keys and `--print_config` come from the fields.
+
+Sizes are in tokens or samples, times in seconds, loss terms in nats. A field named like one of Megatron-Core's
+`TransformerConfig` means the same thing.
+"""
+
+from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
+from megatron_ptrl.config.model import ModelConfig, ParallelConfig
+from megatron_ptrl.config.pretrain import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
+
+__all__ = [
+    "DEFAULT_CHUNK_TOKENS",
+    "DEFAULT_TOP_K",
+    "CheckpointConfig",
+    "DataConfig",
+    "DoctorConfig",
+    "LogConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PretrainConfig",
+    "ReportConfig",
+    "RewardShaping",
+    "SampleConfig",
+    "TokenizeConfig",
+    "TrainConfig",
+]
