@@ -19,8 +19,7 @@ struct Segment {
 
 // Buffers of one thread, kept from row to row.
 struct Scratch {
-  std::vector<char> groups, coarse;
-  std::vector<int32_t> candidates;
+  std::vector<char> groups, coarse, candidates;
 };
 
 // The sum of e^(z - max) over the head without the target, and the smallest logit of the head.
