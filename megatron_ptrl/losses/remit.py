@@ -71,8 +71,9 @@ def _segments(document_ids: Tensor | None, rows: int, cp_group: Group | None) ->
     if ranks > 1:
         every = mine.new_empty(ranks * rows, mine.shape[1])
         all_gather(every, mine, group=cp_group)
-    tokens = ranks * mine.shape[1]
-    ordered = every.view(ranks, rows, -1).transpose(0, 1).reshape(rows, tokens).sort(dim=-1).values
+    s = mine.shape[1]
+    tokens = ranks * s
+    ordered = every.view(ranks, rows, s).transpose(0, 1).reshape(rows, tokens).sort(dim=-1).values
     first = torch.arange(rows, device=mine.device) * tokens
     return torch.searchsorted(ordered, mine) + first[:, None], rows * tokens
 
