@@ -33,9 +33,9 @@ std::string shape_text(const Sizes& sizes) {
 #define PTRL_CHECK_CONTIGUOUS(x) \
   STD_TORCH_CHECK((x).is_contiguous(), #x " has strides ", ptrl::shape_text((x).strides()), ", expected contiguous")
 
-#define PTRL_CHECK_TYPE(x, type)                                                                   \
-  STD_TORCH_CHECK((x).scalar_type() == torch::headeronly::ScalarType::type, #x " has scalar type " \
-                  "number ", (int)(x).scalar_type(), ", expected " #type)
+#define PTRL_CHECK_TYPE(x, type)                                                                           \
+  STD_TORCH_CHECK((x).scalar_type() == torch::headeronly::ScalarType::type, #x " has scalar type number ", \
+                  (int)(x).scalar_type(), ", expected " #type)
 
 namespace ptrl {
 

@@ -13,8 +13,8 @@ using namespace ptrl;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// No segment reaches into a second row, so rows can go to any thread. `visit` is called for each token that is kept, with
-// its place and its segment, `skip` for the others.
+// No segment reaches into a second row, so rows can go to any thread. `visit` is called for each token that is kept,
+// with its place and its segment, `skip` for the others.
 template <class Visit, class Skip>
 void for_each_token(const RemitTokens& tokens, const Visit& visit, const Skip& skip) {
   if (tokens.segment)
