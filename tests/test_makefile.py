@@ -33,7 +33,7 @@ def requirements() -> list[str]:
             ["-m venv .venv", "-c constraints.txt", "--no-build-isolation -e", "examples/quickstart/run.py"],
         ),
         ("test", ["--no-build-isolation -e '.[dev]'", "-m pytest"]),
-        ("lint", ["ruff check", "ruff format --check", "mypy"]),
+        ("lint", ["ruff check", "ruff format --check", "mypy", "clang-format --dry-run -Werror"]),
         ("bench", ["benchmarks/loss.py", "benchmarks/linear_head.py", "benchmarks/training.py"]),
         ("gpu", ["torch.cuda.is_available()", "-m pytest -q -m gpu", "benchmarks/loss.py --device cuda"]),
         ("help", ["Makefile"]),
