@@ -34,6 +34,7 @@ lint: .venv/.ready-dev ## Check style, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror csrc/* tests/cuda_emulation/*
 
 bench: .venv/.ready ## Measure the loss and a training step on this machine
 	@$(BIN)/python benchmarks/loss.py

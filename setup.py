@@ -21,7 +21,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 # The stable ABI of torch 2.11: one build serves that release and every later one.
 TORCH_TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ARCHITECTURES = "8.0 9.0 10.0+PTX"
-CUDA_SOURCE = "csrc/reward_shaped_ce_cuda.cu"
+CUDA_SOURCES = ["csrc/remit_weights_cuda.cu", "csrc/reward_shaped_ce_cuda.cu"]
 
 
 def find_nvcc() -> str | None:
@@ -81,14 +81,15 @@ class BuildLibrary(build_ext):
     def add_cuda(self, ext: Extension) -> None:
         nvcc = find_nvcc()
         assert nvcc is not None
-        compiled = Path(self.build_temp) / (Path(CUDA_SOURCE).stem + ".o")
-        compiled.parent.mkdir(parents=True, exist_ok=True)
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC", "-DUSE_CUDA", TORCH_TARGET_VERSION]
         include = [f"-I{path}" for path in include_paths()]
-        command = [nvcc, "-c", *flags, *architecture_flags(nvcc), *include, CUDA_SOURCE, "-o", str(compiled)]
-        print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
-        ext.extra_objects.append(str(compiled))
+        for source in CUDA_SOURCES:
+            compiled = Path(self.build_temp) / (Path(source).stem + ".o")
+            command = [nvcc, "-c", *flags, *architecture_flags(nvcc), *include, source, "-o", str(compiled)]
+            print(" ".join(command), flush=True)
+            subprocess.run(command, check=True)
+            ext.extra_objects.append(str(compiled))
         ext.library_dirs += cuda_library_folders(nvcc)
         ext.libraries += ["cudart_static", "rt", "pthread", "dl"]
 

@@ -4,9 +4,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "remit_weights.h"
 #include "reward_shaped_ce.h"
 #include "rows.h"
 
@@ -31,9 +33,9 @@ std::string shape_text(const Sizes& sizes) {
 #define PTRL_CHECK_CONTIGUOUS(x) \
   STD_TORCH_CHECK((x).is_contiguous(), #x " has strides ", ptrl::shape_text((x).strides()), ", expected contiguous")
 
-#define PTRL_CHECK_TYPE(x, type)                                                                   \
-  STD_TORCH_CHECK((x).scalar_type() == torch::headeronly::ScalarType::type, #x " has scalar type " \
-                  "number ", (int)(x).scalar_type(), ", expected " #type)
+#define PTRL_CHECK_TYPE(x, type)                                                                           \
+  STD_TORCH_CHECK((x).scalar_type() == torch::headeronly::ScalarType::type, #x " has scalar type number ", \
+                  (int)(x).scalar_type(), ", expected " #type)
 
 namespace ptrl {
 
@@ -85,6 +87,47 @@ inline void check_grad(const Rows& logits, const torch::stable::Tensor& target, 
   PTRL_CHECK_CONTIGUOUS(coefficients);
   STD_TORCH_CHECK(0 <= ranked && ranked <= columns, "ranked is ", ranked, ", expected 0 to ", columns);
   STD_TORCH_CHECK(columns < 1 << 24, "logits have ", columns, " columns, expected < 2^24");
+}
+
+inline RemitTokens check_remit(const torch::stable::Tensor& logprob, const torch::stable::Tensor& reference_logprob,
+                               const torch::stable::Tensor& keep, const std::optional<torch::stable::Tensor>& segments,
+                               int64_t count) {
+  const bool two = logprob.dim() == 2;
+  const int64_t rows = two ? logprob.size(0) : 0, columns = two ? logprob.size(1) : 0;
+  PTRL_CHECK_SHAPE(logprob, rows, columns);
+  PTRL_CHECK_SHAPE(reference_logprob, rows, columns);
+  PTRL_CHECK_SHAPE(keep, rows, columns);
+  PTRL_CHECK_TYPE(logprob, Float);
+  PTRL_CHECK_TYPE(reference_logprob, Float);
+  PTRL_CHECK_TYPE(keep, Bool);
+  PTRL_CHECK_CONTIGUOUS(logprob);
+  PTRL_CHECK_CONTIGUOUS(reference_logprob);
+  PTRL_CHECK_CONTIGUOUS(keep);
+  RemitTokens tokens{logprob.const_data_ptr<float>(),
+                     reference_logprob.const_data_ptr<float>(),
+                     keep.const_data_ptr<bool>(),
+                     nullptr,
+                     rows,
+                     columns,
+                     count};
+  STD_TORCH_CHECK(segments || rows <= count, "segments are ", count, ", expected one for each of ", rows, " rows");
+  if (!segments) return tokens;
+  const torch::stable::Tensor& segment = *segments;
+  PTRL_CHECK_SHAPE(segment, rows, columns);
+  PTRL_CHECK_TYPE(segment, Long);
+  PTRL_CHECK_CONTIGUOUS(segment);
+  tokens.segment = segment.const_data_ptr<int64_t>();
+  return tokens;
+}
+
+// Returns for how many segments they are.
+inline int64_t check_remit_sums(const torch::stable::Tensor& sums) {
+  STD_TORCH_CHECK(sums.dim() == 2, "sums have shape ", shape_text(sums.sizes()), ", expected (2, segments)");
+  const int64_t segments = sums.size(1);
+  PTRL_CHECK_SHAPE(sums, 2, segments);
+  PTRL_CHECK_TYPE(sums, Double);
+  PTRL_CHECK_CONTIGUOUS(sums);
+  return segments;
 }
 
 }  // namespace ptrl

@@ -1,5 +1,4 @@
 // The reward-shaped cross entropy on GPUs: the operators around the launches. Nothing here waits for the device.
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,10 +8,8 @@
 #include <tuple>
 
 #include "checks.h"
+#include "cuda_call.h"
 #include "reward_shaped_ce_launch.cuh"
-
-// Weak, so that the library loads in a torch without CUDA, too, where nothing calls this.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
 
 namespace {
 
@@ -34,21 +31,11 @@ Dtype dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-void check_device(const Tensor& x, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name,
-                  " is on another device, expected CUDA device ", (int)like.get_device_index());
-}
-
 template <class Call>
 void run(Dtype dtype, const Call& call, const Tensor& like) {
   constexpr int kRowThreads = 256, kOtherThreads = 256;
-  const int32_t device = like.get_device_index();
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  Launcher<kRowThreads, kOtherThreads>{static_cast<Stream>(stream)}(dtype, call);
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "a launch failed: ", cudaGetErrorString(error));
+  Launcher<kRowThreads, kOtherThreads>{current_stream(like)}(dtype, call);
+  check_launch();
 }
 
 Targets targets_of(const Tensor& target, const std::optional<int64_t>& ignore_index) {

@@ -12,7 +12,7 @@ struct Rows {
 
   char* base = nullptr;
   int64_t count = 1, columns = 1;
-  int dims = 0;                           // leading dimensions left after joining those that follow on each other
+  int dims = 0;                          // leading dimensions left after joining those that follow on each other
   int64_t sizes[kDims], strides[kDims];  // innermost first, strides in bytes
 
   PTRL_HOST_DEVICE char* operator[](int64_t row) const {

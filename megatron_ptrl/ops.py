@@ -118,6 +118,8 @@ def remit_gap_sums(
     """Sum of reference_logprob - logprob over the kept tokens of each segment, and their number: [2, segments] fp64.
 
     logprob, reference_logprob: [b, s] fp32 or fp64     keep: [b, s] bool     segment: [b, s] int64, None for the row
+    A segment with a kept gap that is not finite, or on GPUs above 2^34 nats, has a sum that is not finite. The kernels
+    repeat to the bit. A segment out of range is refused on CPUs; on GPUs it is left out, and its weights are NaN.
     """
     operator = torch.ops.megatron_ptrl.remit_gap_sums if _remit_kernels(logprob) else _remit_gap_sums
     return operator(logprob, reference_logprob, keep, segment, segments)
@@ -132,8 +134,8 @@ def remit_weights(
 
 
 def _remit_kernels(x: Tensor) -> bool:
-    """A float a token is too little work for more than the CPU's kernel."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and load_kernels()
+    """They know fp32 only: a float a token is too little work for more."""
+    return x.dtype == torch.float32 and _served_by_kernels(x)
 
 
 def _register_fakes() -> None:
@@ -280,7 +282,8 @@ def _remit_gap_sums(
 def _remit_weights(
     logprob: Tensor, reference_logprob: Tensor, keep: Tensor, segment: Tensor | None, sums: Tensor, epsilon: float
 ) -> Tensor:
-    mean = sums[0] / sums[1].clamp(min=1)
+    # NaN, not infinite: an infinite mean would clip to weights that look right.
+    mean = torch.where(sums[0].isfinite(), sums[0] / sums[1].clamp(min=1), torch.nan)
     centred = reference_logprob.double() - logprob.double() - mean[_segment_of(logprob, segment)]
     weights = (2 * centred.sigmoid()).clamp(1 - epsilon, 1 + epsilon)
     return torch.where(keep, weights, 0).float()

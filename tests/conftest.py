@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from cubins import Cubins
 from ranks import Ranks
 from tiny import make_corpus
 
@@ -37,3 +38,8 @@ def ranks() -> Iterator[Ranks]:
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prefix of the tiny tokenized corpus."""
     return make_corpus(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> Cubins:
+    return Cubins(tmp_path_factory.mktemp("cubins"))

@@ -4,43 +4,51 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
+from cubins import NVCC, ROOT, SOURCES, Cubins
 
 from megatron_ptrl import ops
 
-ROOT = Path(__file__).parents[1]
-NVCC = shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("nvcc")
-# Registers a thread, and what they allow: 5 blocks of 256 threads a multiprocessor for the two passes over the logits.
-BUDGET = {"stats_kernel": 48, "top_k_kernel": 48, "combine_kernel": 80, "grad_kernel": 48}
+
+class Budget(NamedTuple):
+    kernels: int  # instances of the template
+    registers: int  # of a thread
+
+
+# 5 blocks of 256 threads a multiprocessor for the passes over logits and over tokens.
+BUDGET = {
+    "reward_shaped_ce_cuda": {
+        "stats_kernel": Budget(12, 48),
+        "top_k_kernel": Budget(3, 48),
+        "combine_kernel": Budget(3, 80),
+        "grad_kernel": Budget(3, 48),
+    },
+    "remit_weights_cuda": {
+        "gap_sums_kernel": Budget(1, 48),
+        "finish_sums_kernel": Budget(1, 48),
+        "weights_kernel": Budget(1, 48),
+    },
+}
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(
     "architecture", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
 )
-def test_no_spills_and_registers_within_budget(architecture, tmp_path):
-    source = ROOT / "csrc" / "reward_shaped_ce_cuda.cu"
-    flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas=-v"]
-    include = [f"-I{path}" for path in include_paths()]
-    cubin = tmp_path / "kernels.cubin"
-    done = subprocess.run(
-        [NVCC, "-cubin", f"-arch=sm_{architecture}", *flags, *include, str(source), "-o", str(cubin)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_no_spills_and_registers_within_budget(cubins: Cubins, source, architecture):
+    cubin, told = cubins.compiled(source, architecture)
     pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
-    found = re.findall(pattern, done.stderr, flags=re.S)
     counts: Counter[str] = Counter()
-    for entry, stores, loads, registers in found:
-        name = next(name for name in BUDGET if name in entry)
+    for entry, stores, loads, registers in re.findall(pattern, told, flags=re.S):
+        name = next(name for name in BUDGET[source] if name in entry)
         counts[name] += 1
         assert int(stores) == int(loads) == 0, f"{entry} spills"
-        assert int(registers) <= BUDGET[name], f"{entry} takes {registers} registers"
-    assert counts == {"stats_kernel": 12, "top_k_kernel": 3, "combine_kernel": 3, "grad_kernel": 3}
+        assert int(registers) <= BUDGET[source][name].registers, f"{entry} takes {registers} registers"
+    assert counts == {name: budget.kernels for name, budget in BUDGET[source].items()}
     assert cubin.stat().st_size > 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ptrl import RewardShaping, ops, reward_shaped_cross_entropy
+from megatron_ptrl import RewardShaping, ops, reference, remit_weights, reward_shaped_cross_entropy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,3 +75,74 @@ def test_more_logits_than_an_int_counts():
     loss, gradient = loss_and_gradient(z, target, inplace_backward=True)
     expected = loss_and_gradient(last, target[-2:])
     assert torch.equal(loss[-2:], expected[0]) and torch.equal(gradient[-2:], expected[1])
+
+
+def remit_tokens(b: int, s: int, offset: int = 0) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities, mask and document ids, `offset` tokens beyond where an allocation starts."""
+    torch.manual_seed(0)
+    logprob = -torch.rand(b * s + offset, device="cuda") * 8
+    reference_logprob = logprob + torch.randn_like(logprob) * 0.3
+    mask = torch.rand_like(logprob) > 0.2
+    ids = torch.arange(len(mask), device="cuda") // 300 % 7 * 2**40
+    return tuple(x[offset:].view(b, s) for x in (logprob, reference_logprob, mask, ids))
+
+
+@pytest.mark.parametrize("b, s, offset", [(1, 1, 0), (4, 8192, 0), (3, 5001, 1), (2, 131_072, 0)])
+@pytest.mark.parametrize("by_document", [False, True])
+def test_remit_weights_against_fp64_and_the_cpu(b, s, offset, by_document):
+    logprob, reference_logprob, mask, ids = remit_tokens(b, s, offset)
+    ids = ids if by_document else None
+    weights = remit_weights(logprob, reference_logprob, mask, document_ids=ids)
+    exact = reference.remit_weights(logprob.double(), reference_logprob.double(), mask, 0.2, ids)
+    torch.testing.assert_close(weights.double(), exact, rtol=1e-6, atol=0)
+    on_cpu = [None if x is None else x.cpu() for x in (logprob, reference_logprob, mask, ids)]
+    expected = remit_weights(*on_cpu[:3], document_ids=on_cpu[3])
+    torch.testing.assert_close(weights.cpu(), expected, rtol=2e-7, atol=0)
+    for _ in range(3):
+        assert torch.equal(remit_weights(logprob, reference_logprob, mask, document_ids=ids), weights)
+
+
+def test_remit_weights_of_what_is_not_finite_or_out_of_range_are_nan():
+    logprob, reference_logprob, mask, _ = remit_tokens(4, 5000)
+    mask[1, 77] = mask[3, 5] = True
+    expected = remit_weights(logprob, reference_logprob, mask)
+    reference_logprob[1, 77] = -torch.inf
+    weights = remit_weights(logprob, reference_logprob, mask)
+    assert weights[1][mask[1]].isnan().all() and torch.equal(weights[[0, 2, 3]], expected[[0, 2, 3]])
+    segment = torch.arange(4, device="cuda")[:, None].repeat(1, 5000)
+    segment[3, 5] = 2**40
+    sums = ops.remit_gap_sums(logprob, reference_logprob, mask, segment, 4)
+    weights = ops.remit_weights(logprob, reference_logprob, mask, segment, sums, 0.2)
+    assert weights[3].isnan().sum() == 1 and weights[3, 5].isnan()
+
+
+def test_remit_weights_wait_for_nothing_and_replay_in_a_graph():
+    logprob, reference_logprob, mask, ids = remit_tokens(3, 3000)
+    expected = remit_weights(logprob, reference_logprob, mask, document_ids=ids)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        remit_weights(logprob, reference_logprob, mask, document_ids=ids)  # allocations
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        remit_weights(logprob, reference_logprob, mask, document_ids=ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = remit_weights(logprob, reference_logprob, mask, document_ids=ids)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+def test_the_operators_of_remit_name_what_is_wrong():
+    x = torch.zeros(2, 3, device="cuda")
+    keep, library = x == 0, torch.ops.megatron_ptrl
+    with pytest.raises(RuntimeError, match=r"keep has shape \[3, 2\], expected"):
+        library.remit_gap_sums(x, x, keep.t().contiguous(), None, 2)
+    with pytest.raises(RuntimeError, match="keep is on another device, expected CUDA device 0"):
+        library.remit_gap_sums(x, x, keep.cpu(), None, 2)
+    with pytest.raises(RuntimeError, match="segments are 1, expected one for each of 2 rows"):
+        library.remit_gap_sums(x, x, keep, None, 1)

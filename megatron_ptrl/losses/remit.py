@@ -32,10 +32,11 @@ def remit_weights(
     the sum of weight times -log p over the number of unmasked tokens, not over the sum of the weights.
 
     Cost: two reads of the log-probabilities, sums in fp64. Over a `cp_group` one all-reduce of 16 bytes a row; with
-    `document_ids` one of 16 bytes for each row and distinct id, after an all-gather of the ids.
+    `document_ids` one of 16 bytes for each token of all ranks, after an all-gather of the ids; they are sorted by row.
+    On GPUs nothing waits for the device, and the weights repeat to the bit.
 
     Raises InputError for tensors that do not fit, an epsilon outside of (0, 1) and, on CPUs, a log-probability of an
-    unmasked token that is not finite.
+    unmasked token that is not finite; on GPUs the weights of its row or document are NaN.
     """
     tensors = {"reference_logprob": reference_logprob, "loss_mask": loss_mask, "document_ids": document_ids}
     _check(logprob, {name: x for name, x in tensors.items() if x is not None}, epsilon)
@@ -57,17 +58,24 @@ def remit_weights(
 
 
 def _segments(document_ids: Tensor | None, rows: int, cp_group: Group | None) -> tuple[Tensor | None, int]:
-    """Number of the (row, document) of each token, alike on all ranks, and how many numbers there are."""
+    """Number of the (row, document) of each token, alike on all ranks, and what these numbers stay below.
+
+    Not `unique`: on a GPU that waits to learn how many ids there are. An id's number is its place among the sorted ids
+    of its row, so that there are as many numbers as tokens, most of them of no document.
+    """
     if document_ids is None:
         return None, rows
-    ranks, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
-    every = document_ids.contiguous()
+    ranks = 1 if cp_group is None else cp_group.size()
+    mine = document_ids.contiguous()
+    every = mine
     if ranks > 1:
-        every = every.new_empty(ranks * rows, every.shape[1])
-        all_gather(every, document_ids.contiguous(), group=cp_group)
-    ids, index = every.unique(return_inverse=True)
-    first = torch.arange(rows, device=every.device) * len(ids)
-    return index.view(ranks, rows, -1)[rank] + first[:, None], rows * len(ids)
+        every = mine.new_empty(ranks * rows, mine.shape[1])
+        all_gather(every, mine, group=cp_group)
+    s = mine.shape[1]
+    tokens = ranks * s
+    ordered = every.view(ranks, rows, s).transpose(0, 1).reshape(rows, tokens).sort(dim=-1).values
+    first = torch.arange(rows, device=mine.device) * tokens
+    return torch.searchsorted(ordered, mine) + first[:, None], rows * tokens
 
 
 def _check(logprob: Tensor, others: dict[str, Tensor], epsilon: float) -> None:

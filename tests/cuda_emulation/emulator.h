@@ -199,6 +199,12 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return value;
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  const int source = emulation::first_of_warp() + lane;
+  return __shfl_xor_sync(~0u, value, emulation::block->current ^ source);
+}
+
 inline unsigned __ballot_sync(unsigned, int predicate) {
   emulation::block->meet(emulation::Call::kBallot, predicate != 0);
   unsigned votes = 0;
@@ -214,9 +220,10 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   return sum;
 }
 
-inline int atomicAdd(int* address, int value) {
+template <class T>
+T atomicAdd(T* address, T value) {
   emulation::block->maybe_interrupt();
-  const int before = *address;
+  const T before = *address;
   *address += value;
   emulation::block->maybe_interrupt();
   return before;
