@@ -59,15 +59,14 @@ def check(head: Head, scale: float) -> None:
         assert_as_accurate(ours, theirs, scale * truth)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shaping", SHAPINGS, ids=str)
-def test_as_accurate_as_eager_for_every_shaping(dtype, shaping):
+def test_as_accurate_as_eager_for_every_shaping(shaping):
     torch.manual_seed(0)
-    check(make_head(dtype, (5, 4), 301, replace(shaping, top_k=20)), 0.7)
+    check(make_head(torch.bfloat16, (5, 4), 301, replace(shaping, top_k=20)), 0.7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("leading", [(1,), (33,), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("leading", [(1,), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"vocab_size": 250}, {"ignore_index": -100}], ids=str)
 def test_as_accurate_as_eager_for_every_shape(dtype, leading, options):
     torch.manual_seed(1)
