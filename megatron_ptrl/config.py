@@ -45,11 +45,8 @@ class RewardShaping:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """InputError for a `top_k` above the vocabulary; an untouched default is capped where no reward needs it."""
-        capped = self.top_k == DEFAULT_TOP_K and not self.ranks_matter
-        _require(
-            self.top_k <= vocab_size or capped,
-            f"top_k is {self.top_k}; expected at most the {vocab_size} tokens of the vocabulary",
-        )
+        fits = self.top_k <= vocab_size or (self.top_k == DEFAULT_TOP_K and not self.ranks_matter)
+        _require(fits, f"top_k is {self.top_k}; expected at most the {vocab_size} tokens of the vocabulary")
 
     @property
     def ranks_matter(self) -> bool:
@@ -62,14 +59,20 @@ class LossConfig(RewardShaping):
     """The reward shaping, and which implementation computes it."""
 
     impl: Literal["reward_shaped", "linear", "megatron"] = "reward_shaped"
-    """`linear` computes the same without holding the logits of all tokens, for one more product of the head's size;
-    `megatron` is Megatron-Core's own vocabulary-parallel cross entropy, for comparison; it cannot shape."""
+    """`linear` computes the same without the logits of all tokens, for one more product of the head's size; `megatron`
+    is Megatron-Core's own vocabulary-parallel cross entropy, for comparison; it cannot shape."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Tokens whose logits `linear` holds at a time."""
+    recompute_logits: bool = True
+    """False: `linear` computes gradients in the forward, no logits twice; its weight's waits for the backward, fp32."""
 
     def __post_init__(self) -> None:
         RewardShaping.__post_init__(self)
         _require(self.chunk_tokens >= 1, f"loss.chunk_tokens is {self.chunk_tokens}; expected >= 1")
+        _require(
+            self.recompute_logits or self.impl == "linear",
+            f"loss.recompute_logits is false with loss.impl {self.impl}; expected true, or loss.impl linear",
+        )
         shaped = self.beta or self.lambda_head or self.lambda_tail
         _require(
             not (self.impl == "megatron" and shaped),
@@ -244,10 +247,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name} is {value}; expected 0 to 1")
         _require(self.adam_eps > 0, f"optimizer.adam_eps is {self.adam_eps}; expected > 0")
-        _require(
-            self.decay_steps is None or self.decay_steps >= 1,
-            f"optimizer.decay_steps is {self.decay_steps}; expected >= 1",
-        )
+        steps = self.decay_steps
+        _require(steps is None or steps >= 1, f"optimizer.decay_steps is {steps}; expected >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

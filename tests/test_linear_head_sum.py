@@ -83,6 +83,16 @@ def test_the_function_per_token_gives_the_same_bits(dtype, chunk_tokens, options
     assert all(map(torch.equal, compute(head, 1.0, chunk_tokens), per_token(head, 1.0, chunk_tokens)))
 
 
+@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1 + 2**-8), (torch.float16, 1 + 2**-11)])
+def test_the_scalar_from_above_is_not_rounded(dtype, scale):
+    torch.manual_seed(9)
+    head = make_head(dtype, (20,), 301, RANKED)
+    unscaled = compute(head, 1.0).grad_hidden
+    expected = (scale * unscaled.float()).to(dtype)
+    assert not torch.equal(expected, unscaled)
+    assert torch.equal(compute(head, scale).grad_hidden, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_and_losses_of_the_tokens(dtype):
     torch.manual_seed(3)
