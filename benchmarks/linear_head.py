@@ -4,8 +4,9 @@
                                      [--output benchmarks/results/NAME.json]
 
 Three products of the head's size are what any exact gradient takes: logits, gradient of the hidden states, gradient of
-the weight. The linear head computes the logits twice, so its floor is four. Providers take turns within a round, so
-that a busy machine slows all of them alike; peaks come from a process each, beyond the inputs and their gradients.
+the weight. The linear head computes the logits twice, so its floor is four; with its gradients in the forward, of a sum
+over the tokens, it is three. Providers take turns within a round, so that a busy machine slows all of them alike; peaks
+come from a process each, beyond the inputs and their gradients.
 """
 
 import argparse
@@ -21,7 +22,11 @@ import torch.nn.functional as F
 from loss import SHAPED, environment, peak_bytes
 from torch import Tensor
 
-from megatron_ptrl import linear_reward_shaped_cross_entropy, reward_shaped_cross_entropy
+from megatron_ptrl import (
+    linear_reward_shaped_cross_entropy,
+    linear_reward_shaped_cross_entropy_sum,
+    reward_shaped_cross_entropy,
+)
 
 Provider = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
@@ -30,6 +35,15 @@ def backward_through(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Provid
     def run(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> object:
         leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
         return torch.autograd.grad(loss(*leaves, target), leaves, upstream)
+
+    return run
+
+
+def weighted_sum(chunk_tokens: int) -> Provider:
+    def run(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> object:
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        total = linear_reward_shaped_cross_entropy_sum(*leaves, target, upstream, SHAPED, chunk_tokens=chunk_tokens)
+        return torch.autograd.grad(total, leaves)
 
     return run
 
@@ -44,6 +58,7 @@ def providers(chunk_tokens: int) -> dict[str, Provider]:
         "linear head": backward_through(
             lambda x, w, y: linear_reward_shaped_cross_entropy(x, w, y, SHAPED, chunk_tokens=chunk_tokens)
         ),
+        "linear head, gradients in the forward": weighted_sum(chunk_tokens),
         "logits, ours in place": backward_through(
             lambda x, w, y: reward_shaped_cross_entropy(F.linear(x, w), y, SHAPED, inplace_backward=True)
         ),

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
         linear_reward_shaped_cross_entropy,
         linear_reward_shaped_cross_entropy_with_stats,
     )
+    from megatron_ptrl.losses.linear_head_sum import (
+        linear_reward_shaped_cross_entropy_sum,
+        linear_reward_shaped_cross_entropy_sum_with_stats,
+    )
     from megatron_ptrl.losses.remit import remit_weights
     from megatron_ptrl.losses.reward_shaped_ce import (
         TokenStats,
@@ -21,6 +25,8 @@ __all__ = [
     "RewardShaping",
     "TokenStats",
     "linear_reward_shaped_cross_entropy",
+    "linear_reward_shaped_cross_entropy_sum",
+    "linear_reward_shaped_cross_entropy_sum_with_stats",
     "linear_reward_shaped_cross_entropy_with_stats",
     "remit_weights",
     "reward_shaped_cross_entropy",
@@ -29,6 +35,8 @@ __all__ = [
 
 _HOMES = {
     "linear_reward_shaped_cross_entropy": "linear_head",
+    "linear_reward_shaped_cross_entropy_sum": "linear_head_sum",
+    "linear_reward_shaped_cross_entropy_sum_with_stats": "linear_head_sum",
     "linear_reward_shaped_cross_entropy_with_stats": "linear_head",
     "remit_weights": "remit",
 }

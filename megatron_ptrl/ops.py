@@ -112,6 +112,31 @@ def reward_shaped_ce_grad_(
         logits.copy_(_grad(logits, target, grad_loss, coefficients, vocab_start, ranked))
 
 
+def reward_shaped_ce_one_pass_(
+    logits: Tensor,
+    target: Tensor,
+    grad_loss: Tensor,
+    ranked: int,
+    top_k: int,
+    entropy: bool,
+    beta: float,
+    lambda_head: float,
+    lambda_tail: float,
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Of an unsharded vocabulary, loss [n] and stats [4, n]; the gradient, scaled by grad_loss [n], over the logits."""
+    if _served_by_kernels(logits):
+        return torch.ops.megatron_ptrl.reward_shaped_ce_one_pass_(
+            logits, target, grad_loss, ranked, top_k, entropy, beta, lambda_head, lambda_tail, ignore_index
+        )
+    numbers, keys = _stats(logits, target, 0, ranked, top_k, entropy, ignore_index)
+    loss, coefficients, stats = _combine(
+        numbers[None], keys[None], target, beta, lambda_head, lambda_tail, ignore_index
+    )
+    logits.copy_(_grad(logits, target, grad_loss, coefficients, 0, ranked))
+    return loss, stats
+
+
 def remit_gap_sums(
     logprob: Tensor, reference_logprob: Tensor, keep: Tensor, segment: Tensor | None, segments: int
 ) -> Tensor:
@@ -158,6 +183,11 @@ def _register_fakes() -> None:
     @torch.library.register_fake("megatron_ptrl::reward_shaped_ce_grad_")
     def _(*_: Any) -> None:
         return None
+
+    @torch.library.register_fake("megatron_ptrl::reward_shaped_ce_one_pass_")
+    def _(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        loss = logits.new_empty(target.shape[0], dtype=torch.float32)
+        return loss, loss.new_empty(STATS, target.shape[0])
 
     @torch.library.register_fake("megatron_ptrl::remit_gap_sums")
     def _(logprob: Tensor, reference_logprob: Tensor, keep: Tensor, segment: Tensor | None, segments: int) -> Tensor:

@@ -68,6 +68,7 @@ PARSING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "lambda NaN": ({"loss.lambda_tail": ".nan"}, ["lambda_tail"]),
     "top_k 0": ({"loss.top_k": 0}, ["top_k is 0", ">= 1"]),
     "megatron with beta": ({"loss.impl": "megatron", "loss.beta": 0.5}, ["impl is megatron", "reward_shaped"]),
+    "gradients without linear": ({"loss.recompute_logits": False}, ["loss.recompute_logits", "impl reward_shaped"]),
     "no layers": ({"model.num_layers": 0}, ["model.num_layers is 0", ">= 1"]),
     "heads": ({"model.hidden_size": 66}, ["model.hidden_size 66", "model.num_attention_heads 4", "kv_channels"]),
     "tp 0": ({"parallel.tp": 0}, ["parallel.tp is 0"]),

@@ -42,6 +42,8 @@ def test_registration(dtype, top_k):
     _, coefficients, _ = ops.reward_shaped_ce_combine(*joined)
     opcheck(library.reward_shaped_ce_grad.default, (z, target, torch.rand(5), coefficients, 0, 590))
     opcheck(library.reward_shaped_ce_grad_.default, (z.clone(), target, torch.rand(5), coefficients, 0, 590))
+    shaping = (590, top_k, True, 0.5, 0.1, -0.1, -100)
+    opcheck(library.reward_shaped_ce_one_pass_.default, (z.clone(), target, torch.rand(5), *shaping))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,6 +72,29 @@ def test_the_fallback_computes_the_same(dtype, top_k, vocab_size):
         torch.testing.assert_close(kernels, fallback, rtol=rtol, atol=2e-6)
 
 
+# 5 x 40000: a row is cut into segments. 70 x 40000: it is not, but its gradient is written in three tiles.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", [(11, 600), (5, 40_000), (70, 40_000), (0, 8)])
+@pytest.mark.parametrize("top_k, ignore_index", [(0, None), (7, -100), (100, -100)])
+def test_one_pass_is_the_three_operators_bit_for_bit(device, dtype, rows, columns, top_k, ignore_index):
+    if device != "cpu":
+        pytest.skip("sums in an order of its own on a GPU")
+    torch.manual_seed(1)
+    wider = (torch.randn(rows, columns + 3) * 3).to(dtype)
+    z, target, upstream = wider[:, :columns], torch.randint(columns - 5, (rows,)), torch.rand(rows)
+    if ignore_index is not None:
+        target[::4] = ignore_index
+        z[::4] = torch.nan
+    rewards, ranked, outside = (-0.25, 0.1, -0.05), columns - 5, wider[:, columns:].clone()
+    numbers, keys = ops.reward_shaped_ce_stats(z, target, 0, ranked, top_k, True, ignore_index)
+    loss, coefficients, stats = ops.reward_shaped_ce_combine(numbers[None], keys[None], target, *rewards, ignore_index)
+    gradient = ops.reward_shaped_ce_grad(z, target, upstream, coefficients, 0, ranked)
+    found = ops.reward_shaped_ce_one_pass_(z, target, upstream, ranked, top_k, True, *rewards, ignore_index)
+    assert torch.equal(found[0], loss) and torch.equal(found[1], stats) and torch.equal(z, gradient)
+    assert torch.equal(wider[:, columns:], outside)
+    assert rows == 0 or (loss.any() and gradient.isfinite().all())
+
+
 def test_the_result_does_not_depend_on_the_number_of_threads():
     z, target = torch.randn(3, 100_000).bfloat16(), torch.randint(100_000, (3,))
     before = torch.get_num_threads()
@@ -90,6 +115,8 @@ def test_wrong_arguments_name_the_tensor():
         ops.reward_shaped_ce_stats(z, target, 0, 10, 0, False, None)
     with pytest.raises(RuntimeError, match=r"numbers has shape \[1, 3, 5\], expected"):
         ops.reward_shaped_ce_combine(numbers, torch.zeros(1, 3, 0), torch.zeros(3).long(), 0.0, 0.0, 0.0, None)
+    with pytest.raises(RuntimeError, match=r"grad_loss has shape \[2\], expected \(rows\) = \[3\]"):
+        ops.reward_shaped_ce_one_pass_(z, torch.zeros(3).long(), torch.zeros(2), 10, 0, False, 0.0, 0.0, 0.0, None)
     with pytest.raises(RuntimeError, match="logits has strides"):
         ops.reward_shaped_ce_stats(z.t(), torch.zeros(10).long(), 0, 3, 0, False, None)
 
@@ -133,8 +160,10 @@ def test_the_fallback_in_place_writes_over_its_input(monkeypatch):
     numbers, keys = ops.reward_shaped_ce_stats(z, target, 0, 600, 0, False, -100)
     coefficients = ops.reward_shaped_ce_combine(numbers[None], keys[None], target, 0.0, 0.0, 0.0, -100)[1]
     upstream = torch.rand(len(target))
-    expected = ops._grad(z, target, upstream, coefficients, 0, 600)
+    expected, again = ops._grad(z, target, upstream, coefficients, 0, 600), z.clone()
     monkeypatch.setattr(ops, "load_kernels", lambda: False)
     with warnings.catch_warnings(action="error"):
         ops.reward_shaped_ce_grad_(z, target, upstream, coefficients, 0, 600)
+        ops.reward_shaped_ce_one_pass_(again, target, upstream, 600, 0, False, 0.0, 0.0, 0.0, -100)
     assert torch.equal(z, expected)
+    torch.testing.assert_close(again, expected)

@@ -53,14 +53,21 @@ class LossConfig(RewardShaping):
     """The reward shaping, and which implementation computes it."""
 
     impl: Literal["reward_shaped", "linear", "megatron"] = "reward_shaped"
-    """`linear` computes the same without holding the logits of all tokens, for one more product of the head's size;
-    `megatron` is Megatron-Core's own vocabulary-parallel cross entropy, for comparison; it cannot shape."""
+    """`linear` computes the same without the logits of all tokens, for one more product of the head's size; `megatron`
+    is Megatron-Core's own vocabulary-parallel cross entropy, for comparison; it cannot shape."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Tokens whose logits `linear` holds at a time."""
+    recompute_logits: bool = True
+    """False: `linear` computes the gradients in the forward and no logits twice. The gradient of its weight then waits
+    for the backward in fp32."""
 
     def __post_init__(self) -> None:
         RewardShaping.__post_init__(self)
         require(self.chunk_tokens >= 1, f"loss.chunk_tokens is {self.chunk_tokens}; expected >= 1")
+        require(
+            self.recompute_logits or self.impl == "linear",
+            f"loss.recompute_logits is false with loss.impl {self.impl}; expected true, or loss.impl linear",
+        )
         shaped = self.beta or self.lambda_head or self.lambda_tail
         require(
             not (self.impl == "megatron" and shaped),

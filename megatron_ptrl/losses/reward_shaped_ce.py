@@ -220,12 +220,12 @@ def check_top_k(columns: int, call: Call) -> None:
 
 
 def check_vocabulary(
-    every_numbers: Tensor, target: Tensor, columns: int, call: Call, sharded: str = "vocab_parallel_logits"
+    every_numbers: Tensor | None, target: Tensor, columns: int, call: Call, sharded: str = "vocab_parallel_logits"
 ) -> None:
-    """Widths and target values, read without waiting for a device: on a CPU only."""
+    """Widths (None: there is one shard) and target values, read without waiting for a device: on a CPU only."""
     if target.device.type != "cpu" or target.numel() == 0:
         return
-    widths = [int(width) for width in every_numbers[:, 0, ops.WIDTH]]
+    widths = [columns] if every_numbers is None else [int(width) for width in every_numbers[:, 0, ops.WIDTH]]
     if len(set(widths)) > 1:
         raise InputError(f"{sharded} have {widths} columns on the ranks of tp_group; expected the same number on each")
     vocabulary = columns if call.vocab_size is None else call.vocab_size

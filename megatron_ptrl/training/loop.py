@@ -48,9 +48,9 @@ def _to_device(tensor: Tensor | None) -> Tensor | None:
 def _loss_and_sums(model: RewardShapedGPTModel, loss_mask: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, dict]:
     """Megatron's triple: summed loss, number of unmasked tokens, and what the logs need, summed over tokens.
 
-    loss, loss_mask: (b, s)
+    loss, loss_mask: (b, s); a scalar `loss` is summed over the mask already
     """
-    total = (loss * loss_mask).sum()
+    total = loss if loss.dim() == 0 else (loss * loss_mask).sum()
     num_tokens = loss_mask.sum().int()
     sums = [num_tokens.float(), total.detach()]
     if model.token_stats is None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_ptrl.config import LossConfig, ModelConfig, PretrainConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.losses.linear_head import linear_reward_shaped_cross_entropy_with_stats
+from megatron_ptrl.losses.linear_head_sum import linear_reward_shaped_cross_entropy_sum_with_stats
 from megatron_ptrl.losses.reward_shaped_ce import TokenStats, reward_shaped_cross_entropy_with_stats
 from megatron_ptrl.training import layers
 
@@ -83,6 +84,9 @@ class RewardShapedGPTModel(GPTModel):
 
     With `loss.impl` linear and labels the output layer hands on a `HeadInput`. It is still called as a module, because
     Megatron's data parallelism hangs hooks on it that wait for its weight.
+
+    With `loss.recompute_logits` false, a forward that records gradients and has a `loss_mask` returns the loss's sum
+    over it, a scalar: whose gradient is known before the backward, as that of a loss per token is not.
     """
 
     def __init__(self, *args: Any, loss: LossConfig, num_tokens_in_vocabulary: int, **kwargs: Any) -> None:
@@ -90,48 +94,57 @@ class RewardShapedGPTModel(GPTModel):
         self.loss = loss
         self.num_tokens_in_vocabulary = num_tokens_in_vocabulary
         self.token_stats: TokenStats | None = None
-        self._has_labels = False
+        self._labels: Tensor | None = None
+        self._loss_mask: Tensor | None = None
         if self.post_process and loss.impl == "linear":
             self._compute_logits = self.output_layer.forward
             self.output_layer.forward = self._head
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As GPTModel: logits without labels, else the loss (b, s)."""
-        self._has_labels = labels is not None
-        return super().forward(*args, labels=labels, **kwargs)
+    def forward(
+        self, *args: Any, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """As GPTModel: logits without labels, else the loss (b, s), or its sum over `loss_mask` (b, s)."""
+        self._labels, self._loss_mask = labels, loss_mask
+        return super().forward(*args, labels=labels, loss_mask=loss_mask, **kwargs)
 
     def _head(self, hidden: Tensor, weight: Tensor | None = None, **kwargs: Any) -> tuple[Tensor | HeadInput, None]:
-        if not self._has_labels:
+        if self._labels is None:
             return self._compute_logits(hidden, weight=weight, **kwargs)
         return HeadInput(hidden, self.output_layer.weight if weight is None else weight), None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor | HeadInput) -> Tensor:
-        """labels (b, s) int64, logits (s, b, v/tp) or what they would come from -> loss (b, s) fp32."""
+        """labels (b, s) int64, logits (s, b, v/tp) or what they would come from -> loss (b, s) fp32, or its sum."""
         if self.loss.impl == "megatron":
             return super().compute_language_model_loss(labels, logits)
-        target, shaping = labels.transpose(0, 1).contiguous(), self.loss.shaping
-        if isinstance(logits, HeadInput):
-            loss, self.token_stats = linear_reward_shaped_cross_entropy_with_stats(
-                logits.hidden,
-                logits.weight,
-                target,
-                shaping,
-                self.tp_group,
-                sequence_parallel=self.output_layer.sequence_parallel,
-                vocab_size=self.num_tokens_in_vocabulary,
-                chunk_tokens=self.loss.chunk_tokens,
-                gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
-            )
-        else:
+        target = labels.transpose(0, 1).contiguous()
+        if not isinstance(logits, HeadInput):
             loss, self.token_stats = reward_shaped_cross_entropy_with_stats(
                 logits,
                 target,
-                shaping,
+                self.loss.shaping,
                 self.tp_group,
                 # Nothing reads the logits after the backward of the loss, so the gradient may take their place.
                 inplace_backward=torch.is_grad_enabled(),
                 vocab_size=self.num_tokens_in_vocabulary,
             )
+            return loss.transpose(0, 1).contiguous()
+        arguments: dict[str, Any] = {
+            "shaping": self.loss.shaping,
+            "tp_group": self.tp_group,
+            "sequence_parallel": self.output_layer.sequence_parallel,
+            "vocab_size": self.num_tokens_in_vocabulary,
+            "chunk_tokens": self.loss.chunk_tokens,
+            "gradient_accumulation_fusion": self.config.gradient_accumulation_fusion,
+        }
+        # Prediction heads come with labels of their own making, and are weighted outside of this model.
+        sums = not self.loss.recompute_logits and torch.is_grad_enabled() and labels is self._labels
+        if sums and self._loss_mask is not None:
+            token_weight = self._loss_mask.transpose(0, 1)
+            total, _, self.token_stats = linear_reward_shaped_cross_entropy_sum_with_stats(
+                *logits, target, token_weight, **arguments
+            )
+            return total
+        loss, self.token_stats = linear_reward_shaped_cross_entropy_with_stats(*logits, target, **arguments)
         return loss.transpose(0, 1).contiguous()
 
 

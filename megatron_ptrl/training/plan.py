@@ -82,7 +82,8 @@ def memory_per_rank(
 
     Activations by the 34 s b h bytes a layer of bf16 of arXiv:2205.05198 without the s^2 terms, which torch's and
     Transformer Engine's attention do not store; the first stage holds `pp` microbatches of its layers. Logits are
-    counted once, as the kernels need them; the loss in torch operators needs about ten times that.
+    counted once, as the kernels need them, with `loss.recompute_logits` false beside the head's gradient in fp32; the
+    loss in torch operators needs about ten times that.
     """
     parallel, model = config.parallel, config.model
     stage_layers = count.num_layers / parallel.pp
@@ -100,6 +101,8 @@ def memory_per_rank(
     per_token_layer = (width / parallel.tp + replicated) * model.hidden_size
     with_logits = min(tokens, config.loss.chunk_tokens) if config.loss.impl == "linear" else tokens
     logits = with_logits * padded_vocab / parallel.tp * (2 if bf16 else 4)
+    if not config.loss.recompute_logits:
+        logits += model.hidden_size * padded_vocab / parallel.tp * 4
     return {
         "weights": mine * (2 if bf16 else 4),
         "gradients": mine * 4,
