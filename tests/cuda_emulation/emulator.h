@@ -124,7 +124,7 @@ class Cluster {
     for (size_t i = 0; i < order.size(); i++) order[i] = (int)i;
     while (!std::all_of(fibres_.begin(), fibres_.end(), [](const Fibre& fibre) { return fibre.done; })) {
       std::shuffle(order.begin(), order.end(), chance);
-      const uint32_t resting = (uint32_t)chance(), away = blocks() > 1 ? (uint32_t)chance() : 0;
+      const uint32_t resting = (uint32_t)chance(), away = blocks() > 1 ? (uint32_t)(chance() & chance()) : 0;
       bool moved = false;
       for (const int i : order) {
         if (fibres_[i].done || fibres_[i].call != Call::kNothing) continue;
