@@ -48,7 +48,7 @@ class Emulated:
         self._library.stretch(ctypes.c_int64(size))
 
     def blocks(self, dtype: torch.dtype, columns: int, top_k: int, on_gpu: bool = False) -> int:
-        """Of the cluster that serves a row in one pass, with the threads of the emulation or of a GPU; 0: two passes."""
+        """Of the cluster for a row in one pass, with the threads of the emulation or of a GPU; 0: two passes."""
         return self._library.blocks(
             DTYPES.index(dtype), ctypes.c_int64(columns), ctypes.c_int64(top_k), ctypes.c_int(on_gpu)
         )

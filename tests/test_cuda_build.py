@@ -14,8 +14,9 @@ from megatron_ptrl import ops
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("nvcc")
-# Registers a thread, and what they allow: 5 blocks of 256 threads a multiprocessor for the two passes over the logits.
-BUDGET = {"stats_kernel": 48, "top_k_kernel": 48, "combine_kernel": 80, "grad_kernel": 48}
+# Registers a thread, and what they allow: 5 blocks of 256 threads a multiprocessor for the two passes over the logits, 4
+# for the one pass, whose shared memory leaves no room for more.
+BUDGET = {"stats_kernel": 48, "top_k_kernel": 48, "combine_kernel": 80, "grad_kernel": 48, "one_pass_kernel": 64}
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
@@ -40,7 +41,8 @@ def test_no_spills_and_registers_within_budget(architecture, tmp_path):
         counts[name] += 1
         assert int(stores) == int(loads) == 0, f"{entry} spills"
         assert int(registers) <= BUDGET[name], f"{entry} takes {registers} registers"
-    assert counts == {"stats_kernel": 12, "top_k_kernel": 3, "combine_kernel": 3, "grad_kernel": 3}
+    expected = {"stats_kernel": 12, "top_k_kernel": 3, "combine_kernel": 3, "grad_kernel": 3, "one_pass_kernel": 12}
+    assert counts == expected
     assert cubin.stat().st_size > 0
 
 
