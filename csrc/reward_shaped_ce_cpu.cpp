@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -89,7 +90,9 @@ std::tuple<Tensor, Tensor> stats(const Tensor& logits, const Tensor& target, int
     o[kOthers] = (float)sum.others;
     o[kPadded] = (float)sum.padded;
     o[kWeighted] = (float)sum.weighted;
-    o[kTarget] = (float)sum.target;
+    const int64_t column = targets[row] - vocab_start;
+    const bool pads = !ignored && ranked <= column && column < columns;  // then loss and gradient are NaN
+    o[kTarget] = pads ? std::numeric_limits<float>::quiet_NaN() : (float)sum.target;
     o[kTies] = (float)tied;
     o[kWidth] = (float)columns;
   }
@@ -127,11 +130,14 @@ std::tuple<Tensor, Tensor, Tensor> combine(const Tensor& numbers, const Tensor& 
         continue;
       }
       Totals sum;
+      double columns = 0;
       for (int64_t shard = 0; shard < shards; shard++) {
         const float* n = in + (shard * rows + row) * kNumbers;
         add(sum, {n[kMax], n[kOthers], n[kPadded], n[kWeighted], n[kTarget]});
         ties[shard] = (int64_t)n[kTies];
+        columns += n[kWidth];
       }
+      check_target(sum, targets[row], columns);
       Head head;
       if (top_k > 0) {
         const int64_t tied = kernels.merge(lists + row * list_bytes, rows * list_bytes, ties.data(), shards, top_k,

@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (lane < kStats) stats[lane * rows + row] = 0;
     return;
   }
-  join<T>(numbers + row * kNumbers, rows * kNumbers, keys + row * k, rows * k, shards, k, shaping, loss + row,
-          coefficients + row * kCoefficients, stats + row, rows);
+  join<T>(numbers + row * kNumbers, rows * kNumbers, keys + row * k, rows * k, shards, k, targets.ids[row],
+          shaping, loss + row, coefficients + row * kCoefficients, stats + row, rows);
 }
 
 constexpr int kLoadsPerThread = 4;  // of the gradient kernel

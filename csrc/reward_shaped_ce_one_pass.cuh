@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   cluster_arrive();  // no block ends, and its shared memory with it, before all have read: waited for at the end
   __syncthreads();
   if (thread < 32)
-    join<T>(shared.every_numbers, kNumbers, every_list, top_k, blocks, kRank ? top_k : 0, shaping, &shared.joined.loss,
-            shared.joined.coefficients, shared.joined.stats, 1);
+    join<T>(shared.every_numbers, kNumbers, every_list, top_k, blocks, kRank ? top_k : 0, targets.ids[row], shaping,
+            &shared.joined.loss, shared.joined.coefficients, shared.joined.stats, 1);
   __syncthreads();
 
   if (block == 0 && thread == 0) loss[row] = shared.joined.loss;

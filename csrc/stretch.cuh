@@ -51,7 +51,8 @@ __device__ inline void scan(ScanShared<T, kRank, kThreads>& shared, const typena
   numbers[kOthers] = (float)totals.others;
   numbers[kPadded] = (float)totals.padded;
   numbers[kWeighted] = (float)totals.weighted;
-  numbers[kTarget] = stretch.target < 0 ? 0 : T::to_float(z_row[stretch.target]);
+  // A target that pads the vocabulary makes loss and gradient NaN.
+  numbers[kTarget] = stretch.target < 0 ? 0 : stretch.target < stretch.ranked ? T::to_float(z_row[stretch.target]) : NAN;
   numbers[kTies] = (float)ties;
   numbers[kWidth] = (float)stretch.columns;
 }
@@ -104,13 +105,16 @@ __device__ inline void head_of(const typename T::Raw* keys, int64_t stride, cons
 // its first lane. The numbers of a shard are `number_stride` apart, the lists of k keys `key_stride`.
 template <class T>
 __device__ inline void join(const float* numbers, int64_t number_stride, const typename T::Raw* keys,
-                            int64_t key_stride, int shards, int k, const Shaping& shaping, float* loss,
-                            float* coefficients, float* stats, int64_t stat_stride) {
+                            int64_t key_stride, int shards, int k, int64_t target, const Shaping& shaping,
+                            float* loss, float* coefficients, float* stats, int64_t stat_stride) {
   Totals sum;
+  double columns = 0;
   for (int64_t shard = 0; shard < shards; shard++) {
     const float* n = numbers + shard * number_stride;
     add(sum, {n[kMax], n[kOthers], n[kPadded], n[kWeighted], n[kTarget]});
+    columns += n[kWidth];
   }
+  check_target(sum, target, columns);
   double head = 0;
   float threshold = INFINITY;
   if (k > 0)

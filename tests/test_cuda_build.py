@@ -14,8 +14,8 @@ from megatron_ptrl import ops
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("nvcc")
-# Registers a thread, and what they allow: 5 blocks of 256 threads a multiprocessor for the two passes over the logits, 4
-# for the one pass, whose shared memory leaves no room for more.
+# Registers a thread, and what they allow: 5 blocks of 256 threads a multiprocessor for the two passes over the logits,
+# 4 for the one pass, whose shared memory leaves no room for more.
 BUDGET = {"stats_kernel": 48, "top_k_kernel": 48, "combine_kernel": 80, "grad_kernel": 48, "one_pass_kernel": 64}
 
 

@@ -84,6 +84,17 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
         assert torch.equal(found[0][0], other[0]) and torch.equal(found[0][1], other[1])
 
 
+def test_a_target_that_is_no_token_gives_nan():
+    z, target = torch.randn(5, 300), torch.tensor([-1, 300, 290, 2**40, 3])
+    for stats, combine in (
+        (ops.reward_shaped_ce_stats, ops.reward_shaped_ce_combine),
+        (ops._stats, ops._combine),
+    ):
+        numbers, keys = stats(z, target, 0, 280, 7, True, -100)
+        loss = combine(numbers[None], keys[None], target, -0.25, 0.1, -0.05, -100)[0]
+        assert loss.isnan().tolist() == [True, True, True, True, False]
+
+
 def test_wrong_arguments_name_the_tensor():
     z, target, numbers = torch.zeros(3, 10), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 3, 5)
     with pytest.raises(RuntimeError, match=r"target has shape \[2\], expected \(rows\) = \[3\]"):
