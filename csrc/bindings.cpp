@@ -22,7 +22,8 @@ STABLE_TORCH_LIBRARY(megatron_ptrl, m) {
       "int vocab_start, int ranked) -> ()");
   // Loss, ptrl::Stat rows and, written over the logits, grad_loss times dloss/dlogits, in one pass over whole rows.
   m.def(
-      "reward_shaped_ce_one_pass_(Tensor(a!) logits, Tensor target, Tensor grad_loss, int ranked, int top_k, bool entropy, "
+      "reward_shaped_ce_one_pass_(Tensor(a!) logits, Tensor target, Tensor grad_loss, int ranked, int top_k, bool "
+      "entropy, "
       "float beta, float lambda_head, float lambda_tail, int? ignore_index) -> (Tensor loss, Tensor stats)");
   // ReMiT: over the kept tokens of each segment, the sum of reference_logprob - logprob and how many there are, (2,
   // segments) in fp64. A segment lies within one row; without `segment` it is the row.

@@ -60,6 +60,15 @@ inline void check_stats(const Rows& logits, const torch::stable::Tensor& target,
   STD_TORCH_CHECK(columns < 1 << 24, "logits have ", columns, " columns, expected < 2^24");
 }
 
+inline void check_one_pass(const Rows& logits, const torch::stable::Tensor& target,
+                           const torch::stable::Tensor& grad_loss, int64_t ranked, int64_t top_k) {
+  const int64_t rows = logits.count;
+  check_stats(logits, target, ranked, top_k);
+  PTRL_CHECK_TYPE(grad_loss, Float);
+  PTRL_CHECK_SHAPE(grad_loss, rows);
+  PTRL_CHECK_CONTIGUOUS(grad_loss);
+}
+
 inline void check_combine(const torch::stable::Tensor& numbers, const torch::stable::Tensor& keys,
                           const torch::stable::Tensor& target) {
   STD_TORCH_CHECK(keys.dim() == 3, "keys have shape ", shape_text(keys.sizes()), ", expected (shards, rows, top_k)");

@@ -65,6 +65,11 @@ PTRL_HOST_DEVICE inline void add(Totals& row, Totals part) {
   row.target += part.target;
 }
 
+// Not waiting for a GPU to check its targets, so that one which is no token is loud: loss and gradient are NaN.
+PTRL_HOST_DEVICE inline void check_target(Totals& row, int64_t target, double columns) {
+  if (!(0 <= target && target < columns)) row.target = std::numeric_limits<double>::quiet_NaN();
+}
+
 // `head` is the sum of e^(z - max) over K without the target, `threshold` the smallest logit of K.
 PTRL_HOST_DEVICE inline void shape_row(const Totals& row, double head, float threshold, const Shaping& shaping,
                                        float* loss, float* coefficients, float* stats, int64_t stat_stride) {

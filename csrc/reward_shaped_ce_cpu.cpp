@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -40,6 +41,11 @@ const Kernels& kernels_for(const Tensor& x, const char* name) {
 // result does not depend on the number of threads.
 int64_t segments_per_row(int64_t rows, int64_t columns) {
   return rows == 0 ? 1 : std::clamp<int64_t>(64 / rows, 1, std::max<int64_t>(columns / 16384, 1));
+}
+
+// A column that pads the vocabulary is nobody's target: loss and gradient become NaN.
+void check_padding(Totals& sum, int64_t column, int64_t ranked, int64_t columns) {
+  if (ranked <= column && column < columns) sum.target = std::numeric_limits<double>::quiet_NaN();
 }
 
 void write_numbers(const Totals& sum, int64_t ties, int64_t columns, float* numbers) {
@@ -78,8 +84,8 @@ std::tuple<Tensor, Tensor> stats(const Tensor& logits, const Tensor& target, int
     for (int64_t i = begin; i < end; i++) {
       const int64_t row = i / parts, first = std::min(i % parts * width, columns);
       if (ignore_index && targets[row] == *ignore_index) continue;
-      const Segment segment{z[row] + first * logits.element_size(),
-                            std::min(width, columns - first), ranked - first, targets[row] - vocab_start - first};
+      const Segment segment{z[row] + first * logits.element_size(), std::min(width, columns - first), ranked - first,
+                            targets[row] - vocab_start - first};
       kernels.stats(segment, top_k, entropy, scratch, totals[i], lists + i * list_bytes, ties[i]);
     }
   });
@@ -94,6 +100,7 @@ std::tuple<Tensor, Tensor> stats(const Tensor& logits, const Tensor& target, int
     if (parts > 1 && top_k > 0 && !ignored)
       tied = kernels.merge(lists + row * parts * list_bytes, list_bytes, &ties[row * parts], parts, top_k, scratch,
                            out_keys + row * list_bytes);
+    if (!ignored) check_padding(sum, targets[row] - vocab_start, ranked, columns);
     write_numbers(sum, tied, columns, out + row * kNumbers);
   }
   return {numbers, keys};
@@ -104,15 +111,18 @@ struct Combiner {
   Combiner(const Kernels& kernels, const Shaping& shaping, int64_t shards, int64_t top_k, int64_t list_bytes)
       : kernels(kernels), shaping(shaping), top_k(top_k), merged(list_bytes), ties(shards) {}
 
-  void operator()(const float* numbers, int64_t number_stride, const char* lists, int64_t list_stride, float* loss,
-                  float* coefficients, float* stats, int64_t stat_stride) {
+  void operator()(const float* numbers, int64_t number_stride, const char* lists, int64_t list_stride, int64_t target,
+                  float* loss, float* coefficients, float* stats, int64_t stat_stride) {
     const int64_t shards = (int64_t)ties.size();
     Totals sum;
+    double columns = 0;
     for (int64_t shard = 0; shard < shards; shard++) {
       const float* n = numbers + shard * number_stride;
       add(sum, {n[kMax], n[kOthers], n[kPadded], n[kWeighted], n[kTarget]});
       ties[shard] = (int64_t)n[kTies];
+      columns += n[kWidth];
     }
+    check_target(sum, target, columns);
     Head head;
     if (top_k > 0) {
       const int64_t tied = kernels.merge(lists, list_stride, ties.data(), shards, top_k, scratch, merged.data());
@@ -157,8 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> combine(const Tensor& numbers, const Tensor& 
         for (int64_t stat = 0; stat < kStats; stat++) out_stats[stat * rows + row] = 0;
         continue;
       }
-      combine_row(in + row * kNumbers, rows * kNumbers, lists + row * list_bytes, rows * list_bytes, out_loss + row,
-                  out_coefficients + row * kCoefficients, out_stats + row, rows);
+      combine_row(in + row * kNumbers, rows * kNumbers, lists + row * list_bytes, rows * list_bytes, targets[row],
+                  out_loss + row, out_coefficients + row * kCoefficients, out_stats + row, rows);
     }
   });
   return {loss, coefficients, stats};
@@ -256,8 +266,9 @@ std::tuple<Tensor, Tensor> one_pass_(Tensor logits, const Tensor& target, const 
         int64_t ties = 0;
         kernels.stats({z[row], columns, ranked, targets[row]}, top_k, entropy, scratch, totals, list.data(), ties);
         add(sum, totals);
+        check_padding(sum, targets[row], ranked, columns);
         write_numbers(sum, ties, columns, numbers);
-        combine_row(numbers, 0, list.data(), 0, out_loss + row, coefficients, out_stats + row, rows);
+        combine_row(numbers, 0, list.data(), 0, targets[row], out_loss + row, coefficients, out_stats + row, rows);
       }
       for (int64_t first = 0; first < columns; first += kTile)
         write_tile(kernels, z, z, row, first, ranked, targets[row], coefficients, upstream[row], item);

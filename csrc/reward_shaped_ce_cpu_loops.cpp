@@ -317,20 +317,20 @@ PTRL_INLINE void gradient_loop(const Segment& segment, const float* c, float ups
 }
 
 // target_clones does not go with templates, hence one plain function for each loop and dtype.
-#define PTRL_DEFINE_LOOPS(T)                                                                                        \
-  PTRL_PER_ISA void stats_##T(const Segment& segment, int64_t k, bool entropy, Scratch& scratch, Totals& totals,    \
-                              void* keys, int64_t& ties) {                                                          \
-    stats_loop<T>(segment, k, entropy, scratch, totals, keys, ties);                                                \
-  }                                                                                                                 \
-  PTRL_PER_ISA int64_t merge_##T(const void* lists, int64_t stride, const int64_t* ties, int64_t count, int64_t k,  \
-                                 Scratch& scratch, void* keys) {                                                    \
-    return merge_loop<T>(lists, stride, ties, count, k, scratch, keys);                                             \
-  }                                                                                                                 \
-  PTRL_PER_ISA Head head_##T(const void* keys, int64_t k, int64_t ties, float max, float target) {                  \
-    return head_loop<T>(keys, k, ties, max, target);                                                                \
-  }                                                                                                                 \
-  PTRL_PER_ISA void gradient_##T(const Segment& segment, const float* coefficients, float upstream, void* grad) {   \
-    gradient_loop<T>(segment, coefficients, upstream, grad);                                                        \
+#define PTRL_DEFINE_LOOPS(T)                                                                                       \
+  PTRL_PER_ISA void stats_##T(const Segment& segment, int64_t k, bool entropy, Scratch& scratch, Totals& totals,   \
+                              void* keys, int64_t& ties) {                                                         \
+    stats_loop<T>(segment, k, entropy, scratch, totals, keys, ties);                                               \
+  }                                                                                                                \
+  PTRL_PER_ISA int64_t merge_##T(const void* lists, int64_t stride, const int64_t* ties, int64_t count, int64_t k, \
+                                 Scratch& scratch, void* keys) {                                                   \
+    return merge_loop<T>(lists, stride, ties, count, k, scratch, keys);                                            \
+  }                                                                                                                \
+  PTRL_PER_ISA Head head_##T(const void* keys, int64_t k, int64_t ties, float max, float target) {                 \
+    return head_loop<T>(keys, k, ties, max, target);                                                               \
+  }                                                                                                                \
+  PTRL_PER_ISA void gradient_##T(const Segment& segment, const float* coefficients, float upstream, void* grad) {  \
+    gradient_loop<T>(segment, coefficients, upstream, grad);                                                       \
   }
 
 PTRL_DEFINE_LOOPS(BFloat16)

@@ -31,10 +31,11 @@ Dtype dtype_of(const Tensor& x, const char* name) {
   }
 }
 
+Launcher<256, 256> launcher_for(const Tensor& like) { return {current_stream(like)}; }
+
 template <class Call>
 void run(Dtype dtype, const Call& call, const Tensor& like) {
-  constexpr int kRowThreads = 256, kOtherThreads = 256;
-  Launcher<kRowThreads, kOtherThreads>{current_stream(like)}(dtype, call);
+  launcher_for(like)(dtype, call);
   check_launch();
 }
 
@@ -73,9 +74,16 @@ std::tuple<Tensor, Tensor, Tensor> combine(const Tensor& numbers, const Tensor& 
   Tensor stats = torch::stable::new_empty(numbers, {kStats, rows});
   if (rows > 0)
     run(dtype,
-        CombineCall{numbers.const_data_ptr<float>(), keys.data_ptr(), targets_of(target, ignore_index), (int)shards,
-                    rows, (int)top_k, {beta, lambda_head, lambda_tail}, loss.mutable_data_ptr<float>(),
-                    coefficients.mutable_data_ptr<float>(), stats.mutable_data_ptr<float>()},
+        CombineCall{numbers.const_data_ptr<float>(),
+                    keys.data_ptr(),
+                    targets_of(target, ignore_index),
+                    (int)shards,
+                    rows,
+                    (int)top_k,
+                    {beta, lambda_head, lambda_tail},
+                    loss.mutable_data_ptr<float>(),
+                    coefficients.mutable_data_ptr<float>(),
+                    stats.mutable_data_ptr<float>()},
         numbers);
   return {loss, coefficients, stats};
 }
@@ -109,6 +117,42 @@ void grad_(Tensor logits, const Tensor& target, const Tensor& grad_loss, const T
   write_gradient(logits, target, grad_loss, coefficients, vocab_start, ranked, logits);
 }
 
+std::tuple<Tensor, Tensor> one_pass_(Tensor logits, const Tensor& target, const Tensor& grad_loss, int64_t ranked,
+                                     int64_t top_k, bool entropy, double beta, double lambda_head, double lambda_tail,
+                                     std::optional<int64_t> ignore_index) {
+  const Dtype dtype = dtype_of(logits, "logits");
+  const Rows z = rows_of(logits, "logits");
+  check_one_pass(z, target, grad_loss, ranked, top_k);
+  check_device(target, "target", logits);
+  check_device(grad_loss, "grad_loss", logits);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  // A GPU without clusters, a row too long for one, or more keys than are ranked while it streams past: the same in two
+  // passes.
+  if (launcher_for(logits).layout(dtype, z.columns, (int)top_k).blocks == 0) {
+    const auto [numbers, keys] = stats(logits, target, 0, ranked, top_k, entropy, ignore_index);
+    const auto [loss, coefficients, token_stats] =
+        combine(torch::stable::unsqueeze(numbers, 0), torch::stable::unsqueeze(keys, 0), target, beta, lambda_head,
+                lambda_tail, ignore_index);
+    grad_(logits, target, grad_loss, coefficients, 0, ranked);
+    return {loss, token_stats};
+  }
+  Tensor loss = torch::stable::new_empty(logits, {z.count}, ScalarType::Float);
+  Tensor stats = torch::stable::new_empty(logits, {kStats, z.count}, ScalarType::Float);
+  if (z.count > 0)
+    run(dtype,
+        OnePassCall{z,
+                    targets_of(target, ignore_index),
+                    grad_loss.const_data_ptr<float>(),
+                    (int)ranked,
+                    (int)top_k,
+                    entropy,
+                    {beta, lambda_head, lambda_tail},
+                    loss.mutable_data_ptr<float>(),
+                    stats.mutable_data_ptr<float>()},
+        logits);
+  return {loss, stats};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_ptrl, CUDA, m) {
@@ -116,4 +160,5 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_ptrl, CUDA, m) {
   m.impl("reward_shaped_ce_combine", TORCH_BOX(&combine));
   m.impl("reward_shaped_ce_grad", TORCH_BOX(&grad));
   m.impl("reward_shaped_ce_grad_", TORCH_BOX(&grad_));
+  m.impl("reward_shaped_ce_one_pass_", TORCH_BOX(&one_pass_));
 }

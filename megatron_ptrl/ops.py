@@ -215,7 +215,8 @@ def _stats(
     x = z - peak.masked_fill(peak == -torch.inf, 0)
     e = torch.where(here & (torch.arange(columns, device=z.device) == column), 0, x.exp())
     weighted = torch.where(e == 0, 0, e * x).sum(-1) if entropy else torch.zeros_like(peak[:, 0])
-    at_target = torch.where(here, z.gather(1, column), 0).squeeze(1)
+    at_target = torch.where(here, z.gather(1, column), 0)
+    at_target = torch.where(here & (column >= ranked), torch.nan, at_target).squeeze(1)  # it pads the vocabulary
 
     keys = rows.new_full((len(rows), top_k), -torch.inf)
     listed = min(top_k, ranked)
@@ -251,8 +252,9 @@ def _combine(
     lambda_tail: float,
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    peaks, real, padded, weighted, at_target, ties, _ = numbers.double().unbind(-1)
+    peaks, real, padded, weighted, at_target, ties, widths = numbers.double().unbind(-1)
     z_x, peak = at_target.sum(0), peaks.amax(0)
+    z_x = torch.where((target >= 0) & (target < widths.sum(0)), z_x, torch.nan)  # loud where it is no token
     shift = torch.where(peaks == -torch.inf, 0, peaks - peak)
     scale = shift.exp()
     t = (scale * (weighted + shift * (real + padded))).sum(0)

@@ -28,11 +28,11 @@ def compile_kernels(folder: Path, flags: Sequence[str] = ("-O2",)) -> Path:
 
 
 class Emulated:
-    """The four operators, with the signatures of their wrappers in megatron_ptrl.ops."""
+    """The operators of the loss, with the signatures of their wrappers in megatron_ptrl.ops."""
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        for name in ("stats", "combine", "grad"):
+        for name in ("stats", "combine", "grad", "one_pass"):
             getattr(self._library, name).restype = ctypes.c_char_p
 
     def install(self, monkeypatch) -> None:
@@ -42,6 +42,16 @@ class Emulated:
     def seed(self, value: int) -> None:
         """Of the order in which threads run."""
         self._library.seed(value)
+
+    def stretch(self, size: int) -> None:
+        """Bytes of a row that one block of a cluster should hold."""
+        self._library.stretch(ctypes.c_int64(size))
+
+    def blocks(self, dtype: torch.dtype, columns: int, top_k: int, on_gpu: bool = False) -> int:
+        """Of the cluster for a row in one pass, with the threads of the emulation or of a GPU; 0: two passes."""
+        return self._library.blocks(
+            DTYPES.index(dtype), ctypes.c_int64(columns), ctypes.c_int64(top_k), ctypes.c_int(on_gpu)
+        )
 
     def stats(self, logits, target, vocab_start, ranked, top_k, entropy, ignore_index):
         rows = target.numel()
@@ -71,6 +81,17 @@ class Emulated:
 
     def grad_(self, logits, target, grad_loss, coefficients, vocab_start, ranked):
         self._grad(logits, logits, target, grad_loss, coefficients, vocab_start, ranked)
+
+    def one_pass_(
+        self, logits, target, grad_loss, ranked, top_k, entropy, beta, lambda_head, lambda_tail, ignore_index
+    ):
+        assert self.blocks(logits.dtype, logits.shape[-1], top_k) > 0
+        loss, stats = torch.full(target.shape, torch.nan), torch.full((ops.STATS, target.numel()), torch.nan)
+        self._call(
+            "one_pass", logits.dtype, logits, *_layout(logits), logits.dim(), target, grad_loss, ranked, top_k, entropy,
+            beta, lambda_head, lambda_tail, *_ignoring(ignore_index), loss, stats,
+        )  # fmt: skip
+        return loss, stats
 
     def _grad(self, logits, grad, target, grad_loss, coefficients, vocab_start, ranked):
         sizes, strides = _layout(logits)

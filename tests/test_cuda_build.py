@@ -18,13 +18,15 @@ class Budget(NamedTuple):
     registers: int  # of a thread
 
 
-# 5 blocks of 256 threads a multiprocessor for the passes over logits and over tokens.
+# 5 blocks of 256 threads a multiprocessor for the passes over logits and over tokens, 4 for the one pass, whose shared
+# memory leaves no room for more.
 BUDGET = {
     "reward_shaped_ce_cuda": {
         "stats_kernel": Budget(12, 48),
         "top_k_kernel": Budget(3, 48),
         "combine_kernel": Budget(3, 80),
         "grad_kernel": Budget(3, 48),
+        "one_pass_kernel": Budget(12, 64),
     },
     "remit_weights_cuda": {
         "gap_sums_kernel": Budget(1, 48),

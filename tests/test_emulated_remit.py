@@ -173,8 +173,9 @@ def test_under_sanitizers(tmp_path):
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0",
     }
+    selected = ("-k", "not fp64 or (row and 1023)")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not fp64 or (row and 1023)"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, *selected],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import assert_as_accurate, eager_and_exact
 
 from megatron_ptrl import RewardShaping, ops, reference, remit_weights, reward_shaped_cross_entropy
 
@@ -146,3 +147,65 @@ def test_the_operators_of_remit_name_what_is_wrong():
         library.remit_gap_sums(x, x, keep.cpu(), None, 2)
     with pytest.raises(RuntimeError, match="segments are 1, expected one for each of 2 rows"):
         library.remit_gap_sums(x, x, keep, None, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocab, ranked", [(8, 8), (5000, 4990), (50_257, 50_257), (262_144, 262_000)])
+@pytest.mark.parametrize("top_k", [0, 1, 8, 100, 1024, 1025])
+def test_one_pass_and_two_agree(vocab, ranked, top_k, dtype):
+    """Clusters of 1 to 8 blocks, rows that start anywhere, and a top_k for which the operator takes two passes."""
+    z, target = logits_and_target(40, vocab)
+    z, target, upstream = z.to(dtype), target % ranked, torch.rand(40, device="cuda") - 0.3
+    z[::3], target[7] = z[::3].round(), -100
+    constants = (-0.25, 0.1, -0.05, -100)
+    numbers, keys = ops.reward_shaped_ce_stats(z, target, 0, ranked, top_k, True, -100)
+    loss, coefficients, stats = ops.reward_shaped_ce_combine(numbers[None], keys[None], target, *constants)
+    gradient = ops.reward_shaped_ce_grad(z, target, upstream, coefficients, 0, ranked)
+    operator = torch.ops.megatron_ptrl.reward_shaped_ce_one_pass_
+    found = []
+    for _ in range(3):
+        over = z.clone()
+        found.append((*operator(over, target, upstream, ranked, top_k, True, *constants), over))
+    assert all(torch.equal(*pair) for again in found[1:] for pair in zip(again, found[0], strict=True))
+    torch.testing.assert_close(found[0][0], loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0][1], stats, rtol=1e-6, atol=1e-6)
+    rtol = torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+    torch.testing.assert_close(found[0][2], gradient, rtol=rtol, atol=6e-8)
+    if 0 < top_k <= ranked:
+        kept = target >= 0
+        shaping = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.05, top_k=top_k)
+        eager, exact = eager_and_exact(z[kept], target[kept], upstream[kept], shaping, ranked)
+        assert_as_accurate(found[0][0][kept], eager[0], exact[0])
+        assert_as_accurate(found[0][2][kept], eager[1], exact[1])
+
+
+def test_one_pass_replays_in_a_graph():
+    z, target = logits_and_target(32, 128_256)
+    upstream, over = torch.rand(32, device="cuda"), z.clone()
+    arguments = (over, target, upstream, 128_256, 100, True, -0.25, 0.1, -0.05, None)
+    expected = (*torch.ops.megatron_ptrl.reward_shaped_ce_one_pass_(*arguments), over.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.ops.megatron_ptrl.reward_shaped_ce_one_pass_(*arguments)
+    over.copy_(z)
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip((*captured, over), expected, strict=True))
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_many_rows_with_more_logits_than_an_int_counts(one_pass):
+    rows, vocab = 16_400, 131_072
+    z, target = torch.zeros(rows, vocab, device="cuda", dtype=torch.bfloat16), torch.arange(rows, device="cuda")
+    z[-2:] = logits_and_target(2, vocab)[0]
+    found, constants = [], (-0.25, 0.1, -0.05, None)
+    for part, ids in ((z[-2:].clone(), target[-2:]), (z, target)):
+        upstream = torch.ones(len(ids), device="cuda")
+        if one_pass:
+            operator = torch.ops.megatron_ptrl.reward_shaped_ce_one_pass_
+            loss, _ = operator(part, ids, upstream, vocab, 100, False, *constants)
+        else:
+            numbers, keys = ops.reward_shaped_ce_stats(part, ids, 0, vocab, 100, False, None)
+            loss, coefficients, _ = ops.reward_shaped_ce_combine(numbers[None], keys[None], ids, *constants)
+            ops.reward_shaped_ce_grad_(part, ids, upstream, coefficients, 0, vocab)
+        found.append((loss[-2:], part[-2:]))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

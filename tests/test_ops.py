@@ -34,6 +34,7 @@ def shards(dtype: torch.dtype, count: int = 3, rows: int = 11, columns: int = 60
 @pytest.mark.parametrize("top_k", [0, 7])
 def test_registration(dtype, top_k):
     (*_, z), target = shards(dtype, rows=5)
+    target = torch.where(target < 0, target, target % 590)
     library = torch.ops.megatron_ptrl
     opcheck(library.reward_shaped_ce_stats.default, (z, target, 0, 590, top_k, True, -100))
     numbers, keys = ops.reward_shaped_ce_stats(z, target, 0, 590, top_k, True, -100)
@@ -109,6 +110,17 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
         assert torch.equal(found[0][0], other[0]) and torch.equal(found[0][1], other[1])
 
 
+def test_a_target_that_is_no_token_gives_nan():
+    z, target = torch.randn(5, 300), torch.tensor([-1, 300, 290, 2**40, 3])
+    for stats, combine in (
+        (ops.reward_shaped_ce_stats, ops.reward_shaped_ce_combine),
+        (ops._stats, ops._combine),
+    ):
+        numbers, keys = stats(z, target, 0, 280, 7, True, -100)
+        loss = combine(numbers[None], keys[None], target, -0.25, 0.1, -0.05, -100)[0]
+        assert loss.isnan().tolist() == [True, True, True, True, False]
+
+
 def test_wrong_arguments_name_the_tensor():
     z, target, numbers = torch.zeros(3, 10), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 3, 5)
     with pytest.raises(RuntimeError, match=r"target has shape \[2\], expected \(rows\) = \[3\]"):
@@ -157,6 +169,7 @@ def test_the_package_imports_without_torch():
 
 def test_the_fallback_in_place_writes_over_its_input(monkeypatch):
     (*_, z), target = shards(torch.float32)
+    target = torch.where(target < 0, target, target % 600)
     numbers, keys = ops.reward_shaped_ce_stats(z, target, 0, 600, 0, False, -100)
     coefficients = ops.reward_shaped_ce_combine(numbers[None], keys[None], target, 0.0, 0.0, 0.0, -100)[1]
     upstream = torch.rand(len(target))

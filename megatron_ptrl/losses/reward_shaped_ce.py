@@ -74,7 +74,8 @@ def reward_shaped_cross_entropy(
     must then not be used again: their version counter moves on, and a second backward raises RuntimeError.
 
     Raises InputError for a wrong shape or dtype, shards of unequal width, a `vocab_size` above v, a target outside of
-    the vocabulary (on CPUs), a `top_k` above it (an untouched default is capped where no reward depends on it).
+    the vocabulary (on CPUs; on GPUs, which nothing waits for, its loss and gradient are NaN), a `top_k` above it (an
+    untouched default is capped where no reward depends on it).
     """
     call = Call(shaping, tp_group, inplace_backward, ignore_index, vocab_size, with_stats=False)
     return _apply(vocab_parallel_logits, target, call)[0]

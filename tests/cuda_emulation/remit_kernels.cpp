@@ -1,6 +1,6 @@
 // The launches of csrc/remit_weights_kernels.cuh under the emulation, for ctypes. Blocks are small, so that few tokens
 // take several.
-#include "emulator.h"
+#include "device.h"
 
 #include <string>
 
