@@ -144,8 +144,9 @@ struct Gradient {
   __device__ void write_over(float (&z)[kCount], int first, const Stretch& stretch) const {
 #pragma unroll
     for (int j = 0; j < kCount; j++) {
+      const float e = exp2_fast((z[j] - max) * kLog2E);  // before the choices, or there is a branch around each
       const float factor = first + j >= stretch.ranked ? in_padding : z[j] >= threshold ? in_head : in_tail;
-      z[j] = first + j == stretch.target ? at_target : factor * exp2_fast((z[j] - max) * kLog2E);
+      z[j] = first + j == stretch.target ? at_target : factor * e;
       if (ignored) z[j] = 0;
     }
   }

@@ -23,7 +23,7 @@ class Expected(NamedTuple):
 # Of the kernels for bf16, 8 logits in 16 bytes. stats: 8 in the inner loop, 8 at edges, 3 that rescale. grad: 4 loads.
 EXPECTED = {
     "stats_kernel": Expected(loads=2, stores=0, exponentials=19, in_a_row=8),
-    "grad_kernel": Expected(loads=4, stores=4, exponentials=32, in_a_row=1),
+    "grad_kernel": Expected(loads=4, stores=4, exponentials=32, in_a_row=8),
 }
 
 
