@@ -27,7 +27,7 @@ from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint, layers, loop, mcore, plan
 from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.generate import generate
-from megatron_ptrl.training.layout import Layout, check_layout
+from megatron_ptrl.training.layout import Layout, check_launched, check_layout
 from megatron_ptrl.training.optimizer import build_optimizer, build_scheduler, check_schedule
 from megatron_ptrl.training.resume import describe, model_fields, restore
 from megatron_ptrl.training.runlog import RunLog
@@ -70,8 +70,7 @@ def _check(config: PretrainConfig, world_size: int) -> tuple[Layout, Tokenizer]:
             f"log.wandb_project is {config.log.wandb_project} and wandb is not installed; "
             "pip install megatron-ptrl[wandb]"
         )
-    if world_size > 1 and "MASTER_ADDR" not in os.environ:
-        raise InputError(f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set; launch the ranks with torchrun")
+    check_launched(world_size)
     tokenizer = resolve_tokenizer(config.data)
     config.loss.check_vocabulary(tokenizer.vocab_size)
     return layout, tokenizer

@@ -52,20 +52,24 @@ def restore(
         )
     if config.checkpoint.load is None:
         return Progress(), notes
-    path, passed_over = _source(config.checkpoint.load)
+    path, passed_over = find_source(config.checkpoint.load, "checkpoint.load")
     _check_same_model(path, config, tokenizer)
     checkpoint.load_weights(path, chunks, optimizer)
     return Progress(), [*notes, *passed_over, f"starting from the weights of {path}"]
 
 
-def _source(load: str) -> tuple[Path, list[str]]:
+def find_source(load: str, field: str) -> tuple[Path, list[str]]:
+    """(the newest whole checkpoint of a run directory or folder of checkpoints, or the one itself; notes for the log).
+
+    Collective over all ranks. Raises InputError, naming the `field` that `load` came from, where there is none.
+    """
     directory = Path(load)
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
     found = checkpoint.find_on_rank_0(directory)
     notes = [f"not loaded: {reason}" for reason in found.passed_over]
     if found.path is None:
-        raise InputError(f"checkpoint.load is {load} and there is no whole checkpoint in it{_because(notes)}")
+        raise InputError(f"{field} is {load} and there is no whole checkpoint in it{_because(notes)}")
     return found.path, notes
 
 
