@@ -15,6 +15,7 @@ from megatron_ptrl.config.pretrain import (
     SampleConfig,
     TrainConfig,
 )
+from megatron_ptrl.config.score import ScoreConfig, SelectConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "ReportConfig",
     "RewardShaping",
     "SampleConfig",
+    "ScoreConfig",
+    "SelectConfig",
     "TokenizeConfig",
     "TrainConfig",
 ]

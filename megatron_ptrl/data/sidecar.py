@@ -121,7 +121,7 @@ class SideCar:
             begun = Path(prefix + ".parts").exists()
             state = "the side-car is not finished; repeat its `ptrl score`" if begun else "make it with `ptrl score`"
             raise InputError(f"{prefix}.json: no such file; {state}")
-        remedy = f"score the data again into {prefix}, or copy all of its files again"
+        remedy = f"remove {prefix}.* and score the data again, or copy all of these files again"
         for suffix in (".bin", ".idx"):
             if not Path(prefix + suffix).is_file():
                 raise InputError(f"{prefix}{suffix}: no such file; {remedy}")
@@ -199,14 +199,14 @@ def publish(output: str, data_prefix: str, payload: Iterable[bytes], meta: SideC
     Raises InputError when the payload has not one value for every token of the data.
     """
     written = 0
-    with _Durably(output + ".bin") as stream:
+    with Durably(output + ".bin") as stream:
         for piece in payload:
             written += stream.write(piece)
         expected = meta.tokens * numpy.dtype(STORAGE[meta.storage]).itemsize
         if written != expected:
             raise InputError(f"{output}.bin: {written} bytes of values, expected {expected} for {meta.tokens} tokens")
     _write_index(output + ".idx", data_prefix, STORAGE[meta.storage])
-    with _Durably(output + ".json") as stream:
+    with Durably(output + ".json") as stream:
         stream.write((json.dumps(dataclasses.asdict(meta), indent=1) + "\n").encode())
 
 
@@ -215,7 +215,7 @@ def _write_index(path: str, data_prefix: str, dtype: type) -> None:
     index = IndexedDataset(data_prefix).index
     with open(data_prefix + ".idx", "rb") as stream:
         magic, version, _, sequences, boundaries = HEADER.unpack(stream.read(HEADER.size))
-    with _Durably(path) as stream:
+    with Durably(path) as stream:
         stream.write(HEADER.pack(magic, version, DType.code_from_dtype(dtype), sequences, boundaries))
         blocks, item_bytes = range(0, sequences, INDEX_BLOCK), numpy.dtype(dtype).itemsize
         for begin in blocks:
@@ -229,7 +229,7 @@ def _write_index(path: str, data_prefix: str, dtype: type) -> None:
         stream.write(index.document_indices.tobytes())
 
 
-class _Durably:
+class Durably:
     """A file that gets its name when it is whole and on the disk; an error inside leaves no file of that name."""
 
     def __init__(self, path: str) -> None:
