@@ -6,7 +6,8 @@ import hypothesis
 import pytest
 import torch
 from ranks import Ranks
-from tiny import make_corpus
+from scoring import make_data, reference_settings
+from tiny import Settings, make_corpus, run_tiny
 
 # The first call of a torch operator takes longer than hypothesis's default of 200 ms.
 hypothesis.settings.register_profile("ptrl", deadline=None)
@@ -37,3 +38,17 @@ def ranks() -> Iterator[Ranks]:
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prefix of the tiny tokenized corpus."""
     return make_corpus(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def reference(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a finished run on the tiny corpus, to score with."""
+    settings = reference_settings(prefix, tmp_path_factory.mktemp("reference") / "run")
+    run_tiny(ranks, 1, settings)
+    return settings
+
+
+@pytest.fixture(scope="session")
+def unscored(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prefix of a few documents of very different lengths, by the tiny corpus's tokenizer."""
+    return make_data(tmp_path_factory.mktemp("unscored"), prefix + ".tokenizer.json")

@@ -52,8 +52,6 @@ class Scorer:
         """
         logprob = next_logits(self._config, self._chunks, [eod]).log_softmax(-1)
         self._of_first = logprob[:vocab_size].cpu().numpy()
-        for chunk in self._chunks:
-            chunk.eval()
 
     def pack(self, number: int) -> Packed:
         """The rows of chunk `number`."""
