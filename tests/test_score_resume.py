@@ -69,8 +69,8 @@ def test_killed_in_a_chunk_and_in_the_merge_the_same_command_gives_the_same_byte
     # And what a disk may lose: a file that is short, one with a wrong byte.
     names = sorted(path.name for path in parts.glob("chunk_*.bin"))
     assert names == [f"chunk_{number:08d}.bin" for number in range(BLOCKED)]
-    content = (parts / names[1]).read_bytes()
-    (parts / names[1]).write_bytes(content[:-7])
+    (parts / names[1]).write_bytes((parts / names[1]).read_bytes()[:-7])
+    content = (parts / names[3]).read_bytes()
     (parts / names[3]).write_bytes(content[:9] + bytes([content[9] ^ 1]) + content[10:])
     kept = {name: (parts / name).stat().st_mtime_ns for name in (names[0], names[2], names[4])}
 
