@@ -10,7 +10,7 @@ if TYPE_CHECKING:
         linear_reward_shaped_cross_entropy,
         linear_reward_shaped_cross_entropy_with_stats,
     )
-    from megatron_ptrl.losses.remit import remit_weights
+    from megatron_ptrl.losses.remit import remit_weights, rho1_weights
     from megatron_ptrl.losses.reward_shaped_ce import (
         TokenStats,
         reward_shaped_cross_entropy,
@@ -25,12 +25,14 @@ __all__ = [
     "remit_weights",
     "reward_shaped_cross_entropy",
     "reward_shaped_cross_entropy_with_stats",
+    "rho1_weights",
 ]
 
 _HOMES = {
     "linear_reward_shaped_cross_entropy": "linear_head",
     "linear_reward_shaped_cross_entropy_with_stats": "linear_head",
     "remit_weights": "remit",
+    "rho1_weights": "remit",
 }
 
 
