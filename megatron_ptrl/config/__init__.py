@@ -15,6 +15,7 @@ from megatron_ptrl.config.pretrain import (
     SampleConfig,
     TrainConfig,
 )
+from megatron_ptrl.config.remit import RemitConfig
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
 
@@ -30,6 +31,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PretrainConfig",
+    "RemitConfig",
     "ReportConfig",
     "RewardShaping",
     "SampleConfig",
