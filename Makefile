@@ -40,6 +40,7 @@ bench: .venv/.ready ## Measure the loss and a training step on this machine
 	@$(BIN)/python benchmarks/loss.py
 	@$(BIN)/python benchmarks/linear_head.py
 	@$(BIN)/python benchmarks/training.py
+	@$(BIN)/python benchmarks/score.py
 
 gpu: .venv/.ready-dev ## With a CUDA device: run the tests that need one, measure the loss on it
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'

@@ -1,4 +1,6 @@
-"""A training step with the reward-shaped loss against the same step with Megatron-Core's own cross entropy.
+"""A training step with the reward-shaped loss against the same step with Megatron-Core's own cross entropy, and ReMiT's
+against the reward-shaped one: with the reference's log-probabilities in the batch, where a thread puts those of a
+side-car, and with a reference of equal size that goes over the batch first.
 
     python benchmarks/training.py [--vocab 32768] [--steps 10] [--output FILE.json]
     torchrun --nproc-per-node 2 benchmarks/training.py --tp 2
@@ -28,14 +30,21 @@ from megatron_ptrl.config import (  # noqa: E402
     ModelConfig,
     ParallelConfig,
     PretrainConfig,
+    RemitConfig,
     TrainConfig,
 )
 from megatron_ptrl.training import loop, mcore  # noqa: E402
+from megatron_ptrl.training.online_reference import OnlineReference  # noqa: E402
 from megatron_ptrl.training.optimizer import build_optimizer  # noqa: E402
 from megatron_ptrl.training.runlog import environment  # noqa: E402
+from megatron_ptrl.training.weighting import TokenWeighting  # noqa: E402
 
+SIDECAR, ONLINE = "plain, ReMiT from a side-car", "plain, ReMiT online"
 LOSSES = {
     "megatron cross entropy": LossConfig(impl="megatron"),
+    "reward shaped, plain": LossConfig(),
+    SIDECAR: LossConfig(),
+    ONLINE: LossConfig(),
     "reward shaped, beta -0.25": LossConfig(beta=-0.25),
     "reward shaped, beta -0.25, head 0.1, tail -0.1, k 100": LossConfig(beta=-0.25, lambda_head=0.1, lambda_tail=-0.1),
 }
@@ -74,13 +83,20 @@ def measure(config: PretrainConfig, vocab: int, steps: int) -> dict[str, list[fl
     chunks = mcore.build_model(config, vocab)
     optimizer = build_optimizer(config, chunks)
     batch = random_batch(config, vocab)
+    reference = OnlineReference(config, mcore.build_frozen_model(config, vocab))
+    weighting = TokenWeighting(RemitConfig(weighting="remit", reference="of equal size"))
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     for step in range(steps + 2):
         for name, loss in LOSSES.items():
             mcore.unwrap(chunks[0]).loss = loss
             dist.barrier()
             start = time.perf_counter()
-            loop.train_step(config, chunks, optimizer, iter([batch]), num_microbatches=1)
+            # A reference writes into the batch it is given.
+            batches = iter([dict(batch)])
+            if name == ONLINE:
+                batches = reference.score(batches, num_microbatches=1)
+            weighs = weighting if name in (SIDECAR, ONLINE) else None
+            loop.train_step(config, chunks, optimizer, batches, num_microbatches=1, weighting=weighs)
             if step >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -94,6 +110,7 @@ def random_batch(config: PretrainConfig, vocab: int) -> dict[str, Any]:
         "tokens": torch.randint(vocab, shape, generator=generator),
         "labels": torch.randint(vocab, shape, generator=generator),
         "loss_mask": torch.ones(shape),
+        "reference_logprob": -10 * torch.rand(shape, generator=generator),
         "position_ids": torch.arange(shape[1]).expand(shape),
         "attention_mask": None,
     }

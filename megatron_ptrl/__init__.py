@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         linear_reward_shaped_cross_entropy_sum,
         linear_reward_shaped_cross_entropy_sum_with_stats,
     )
-    from megatron_ptrl.losses.remit import remit_weights
+    from megatron_ptrl.losses.remit import remit_weights, rho1_weights
     from megatron_ptrl.losses.reward_shaped_ce import (
         TokenStats,
         reward_shaped_cross_entropy,
@@ -31,6 +31,7 @@ __all__ = [
     "remit_weights",
     "reward_shaped_cross_entropy",
     "reward_shaped_cross_entropy_with_stats",
+    "rho1_weights",
 ]
 
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "linear_reward_shaped_cross_entropy_sum_with_stats": "linear_head_sum",
     "linear_reward_shaped_cross_entropy_with_stats": "linear_head",
     "remit_weights": "remit",
+    "rho1_weights": "remit",
 }
 
 

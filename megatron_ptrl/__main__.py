@@ -28,6 +28,12 @@ _STAGES = {
     "pretrain": _Stage(
         "megatron_ptrl.training.pretrain", "PretrainConfig", ".bin/.idx -> checkpoints, metrics, plots", trains=True
     ),
+    "score": _Stage(
+        "megatron_ptrl.training.score", "ScoreConfig", "checkpoint + .bin/.idx -> log-probabilities", trains=True
+    ),
+    "select": _Stage(
+        "megatron_ptrl.data.select_stage", "SelectConfig", ".bin/.idx + two scores -> the share of documents to keep"
+    ),
     "report": _Stage(
         "megatron_ptrl.evaluation.report", "ReportConfig", "run directories -> plots and a table", positional="runs"
     ),

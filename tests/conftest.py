@@ -7,7 +7,8 @@ import pytest
 import torch
 from cubins import Cubins
 from ranks import Ranks
-from tiny import make_corpus
+from scoring import make_data, reference_settings
+from tiny import Settings, make_corpus, run_tiny
 
 # The first call of a torch operator takes longer than hypothesis's default of 200 ms.
 hypothesis.settings.register_profile("ptrl", deadline=None)
@@ -42,4 +43,19 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def cubins(tmp_path_factory: pytest.TempPathFactory) -> Cubins:
+    """What nvcc makes of the CUDA sources, each compiled once for an architecture."""
     return Cubins(tmp_path_factory.mktemp("cubins"))
+
+
+@pytest.fixture(scope="session")
+def reference(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a finished run on the tiny corpus, to score with."""
+    settings = reference_settings(prefix, tmp_path_factory.mktemp("reference") / "run")
+    run_tiny(ranks, 1, settings)
+    return settings
+
+
+@pytest.fixture(scope="session")
+def unscored(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prefix of a few documents of very different lengths, by the tiny corpus's tokenizer."""
+    return make_data(tmp_path_factory.mktemp("unscored"), prefix + ".tokenizer.json")

@@ -12,6 +12,7 @@ SMALL = {
     "loss.py": ["--tokens", "8", "--vocab", "512", "--rounds", "1", "--no-memory"],
     "linear_head.py": ["--tokens", "32", "--vocab", "512", "--hidden", "16", "--rounds", "1"],
     "training.py": ["--vocab", "512", "--hidden", "64", "--layers", "1", "--seq_length", "32", "--steps", "1"],
+    "score.py": ["--vocab", "512", "--hidden", "64", "--layers", "1", "--seq_length", "32", "--rounds", "1"],
 }
 
 

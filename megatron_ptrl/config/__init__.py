@@ -15,6 +15,8 @@ from megatron_ptrl.config.pretrain import (
     SampleConfig,
     TrainConfig,
 )
+from megatron_ptrl.config.remit import RemitConfig
+from megatron_ptrl.config.score import ScoreConfig, SelectConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
 
 __all__ = [
@@ -29,9 +31,12 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PretrainConfig",
+    "RemitConfig",
     "ReportConfig",
     "RewardShaping",
     "SampleConfig",
+    "ScoreConfig",
+    "SelectConfig",
     "TokenizeConfig",
     "TrainConfig",
 ]

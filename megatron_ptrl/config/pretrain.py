@@ -6,6 +6,7 @@ from typing import Literal
 from megatron_ptrl.config.checks import require
 from megatron_ptrl.config.loss import LossConfig
 from megatron_ptrl.config.model import ModelConfig, ParallelConfig
+from megatron_ptrl.config.remit import RemitConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,8 @@ class LogConfig:
     """What is shown and stored of a run."""
 
     every: int = 10
-    """Steps between progress lines where the output is not a terminal; metrics.jsonl has every step."""
+    """Steps between progress lines where the output is not a terminal; metrics.jsonl has every step.
+    With remit.weighting token_weights.jsonl gets two rows of these steps, and of the last one."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory."""
     wandb_project: str | None = None
@@ -170,6 +172,7 @@ class PretrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    remit: RemitConfig = field(default_factory=RemitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -179,3 +182,13 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         ranks = self.dry_run_world_size
         require(ranks is None or ranks >= 1, f"dry_run_world_size is {ranks}; expected >= 1")
+        require(
+            self.remit.weighting == "none" or self.loss.impl != "megatron",
+            f"remit.weighting is {self.remit.weighting} with loss.impl megatron, which gives no log-probabilities; "
+            "set loss.impl to reward_shaped or linear",
+        )
+        require(
+            self.remit.weighting == "none" or self.loss.recompute_logits,
+            f"remit.weighting is {self.remit.weighting} with loss.recompute_logits false, but the weights follow from "
+            "the forward; set loss.recompute_logits to true",
+        )

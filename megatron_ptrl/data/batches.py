@@ -11,7 +11,7 @@ on a split without documents and repeats held-out documents to fill a request.
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,14 +25,17 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
-from megatron_ptrl.config import DataConfig
+from megatron_ptrl.config import DataConfig, RemitConfig
+from megatron_ptrl.data.aligned import label_logprobs, open_sidecars
 from megatron_ptrl.data.parts import Part, check_enough, index_identity, open_parts
+from megatron_ptrl.data.sidecar import SideCar
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 
 Batch: TypeAlias = dict[str, Tensor | None]
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+EXTRA_KEYS = REFERENCE_LOGPROB, DOCUMENT_IDS = "reference_logprob", "document_ids"
 PREFETCHED_MICROBATCHES = 4
 # Samples built in excess for each part of a blend, as Megatron-Core's builder does: the draw may overshoot by one.
 SURPLUS = 0.005
@@ -48,13 +51,22 @@ class Samples:
     dataset: GPTDataset | BlendedDataset
     count: int
     vocab_size: int
+    sidecars: list[SideCar] | None = None
+    """One for each part of a blend; gives a sample the log-probabilities of its labels."""
+    with_document_ids: bool = False
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
         """One sample: a batch without the dimension `b`, with attention_mask only when documents are isolated."""
-        return self.dataset[sample]
+        row = self.dataset[sample]
+        if self.sidecars is not None:
+            row[REFERENCE_LOGPROB] = label_logprobs(self.dataset, self.sidecars, sample)
+        if self.with_document_ids:
+            # Of the label: behind the end of a document it belongs to the next one.
+            row[DOCUMENT_IDS] = (row["tokens"] == self.dataset.config.tokenizer.eod).cumsum(0)
+        return row
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,14 @@ class _DatasetTokenizer:
 
 
 def build_datasets(
-    data: DataConfig, *, seed: int, train_samples: int, valid_samples: int, tokenizer: Tokenizer, cache: str | Path
+    data: DataConfig,
+    *,
+    seed: int,
+    train_samples: int,
+    valid_samples: int,
+    tokenizer: Tokenizer,
+    cache: str | Path,
+    remit: RemitConfig = RemitConfig(),  # noqa: B008 (frozen)
 ) -> tuple[Samples, Samples | None]:
     """(train, valid): open the prefixes, build their sample indices; valid is None when `valid_samples` is 0.
 
@@ -80,16 +99,22 @@ def build_datasets(
     Parts of a blend are drawn so that their shares are right at any moment; each repeats when it runs out.
 
     Held-out samples never repeat: `len(valid)` is `valid_samples`, or what there is until the first part runs out.
-    Raises InputError for broken files, another tokenizer, no held-out documents, or less than one sequence of tokens.
+    Training samples carry what the weights of `remit` need: its side-cars' log-probabilities, ids of documents.
+    Raises InputError for broken files, another tokenizer, no held-out documents, less than one sequence of tokens, or
+    side-cars that do not belong to the training prefixes.
     """
     assert train_samples > 0 and valid_samples >= 0
-    train_parts, valid_parts = open_parts(data, tokenizer)
+    weighs = remit.weighting != "none"
+    by_document = weighs and remit.center == "document"
+    train_parts, valid_parts = open_parts(data, tokenizer, needs_ends="remit.center document" if by_document else None)
+    sidecars = open_sidecars(remit.sidecar, train_parts, tokenizer) if weighs and remit.sidecar else None
     cache = _writable(cache)
     for part in train_parts:
         check_enough(part, "train", data)
     for part in valid_parts if valid_samples else []:
         check_enough(part, "valid", data)
     train = _build(train_parts, Split.train, train_samples, data, seed, tokenizer, cache)
+    train = replace(train, sidecars=sidecars, with_document_ids=by_document)
     if not valid_samples:
         return train, None
     return train, _build(valid_parts, Split.valid, valid_samples, data, seed, tokenizer, cache)
@@ -183,6 +208,7 @@ def microbatches(
 
     tokens, labels, position_ids: int64 [b, s]     loss_mask: fp32 [b, s]
     attention_mask: bool [b, 1, s, s], True where attention is barred, or None for plain causal attention
+    reference_logprob: fp32 [b, s], document_ids: int64 [b, s], of the labels, where `build_datasets` was asked for them
 
     Global batch g holds samples first_sample + [g * global_batch, (g + 1) * global_batch), whatever the layout;
     within it `dp_size` ranks take `micro_batch` samples each in turn, as in Megatron. Every rank gets the same number
@@ -204,13 +230,13 @@ def microbatches(
 def _collate(samples: Samples, begin: int, end: int, end_sample: int, pin_memory: bool) -> Batch:
     # A filler repeats the last sample: its values are ordinary, so only the loss mask tells it apart.
     rows = [samples[min(sample, end_sample - 1)] for sample in range(begin, end)]
-    batch = {key: torch.stack([row[key] for row in rows]) for key in BATCH_KEYS if key in rows[0]}
+    batch = {key: torch.stack([row[key] for row in rows]) for key in (*BATCH_KEYS, *EXTRA_KEYS) if key in rows[0]}
     batch["loss_mask"][max(end_sample - begin, 0) :] = 0.0
     for key in ("tokens", "labels"):
         _check_ids(batch[key].min(), batch[key].max(), samples.vocab_size, f"samples {begin} to {end - 1}")
     if pin_memory:
         batch = {key: value.pin_memory() for key, value in batch.items()}
-    return {key: batch.get(key) for key in BATCH_KEYS}
+    return dict.fromkeys(BATCH_KEYS) | batch
 
 
 def _check_ids(smallest: Any, largest: Any, vocab_size: int, where: str) -> None:

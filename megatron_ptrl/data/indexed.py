@@ -51,12 +51,12 @@ def open_indexed(prefix: str) -> tuple[IndexedDataset, IndexedMeta | None]:
         if not Path(prefix + suffix).is_file():
             hint = "; give the prefix without its suffix" if prefix.endswith((".bin", ".idx")) else ""
             raise InputError(f"{prefix}{suffix}: no such file; run `ptrl tokenize` with --output {prefix}{hint}")
-    _check_pair(prefix)
+    check_pair(prefix, f"tokenize {prefix} again, or copy both of its files again")
     return IndexedDataset(prefix), read_meta(prefix)
 
 
-def _check_pair(prefix: str) -> None:
-    remedy = f"tokenize {prefix} again, or copy both of its files again"
+def check_pair(prefix: str, remedy: str) -> None:
+    """Raise InputError where an existing `.bin/.idx` contradicts itself; `remedy` says what to do then."""
     idx = Path(prefix + ".idx")
     size = idx.stat().st_size
     with idx.open("rb") as stream:

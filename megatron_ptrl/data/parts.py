@@ -29,20 +29,24 @@ class Part:
     end: int
 
 
-def open_parts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Part], list[Part]]:
+def open_parts(
+    data: DataConfig, tokenizer: Tokenizer, *, needs_ends: str | None = None
+) -> tuple[list[Part], list[Part]]:
     """(training parts, held-out parts), every prefix opened once and checked against `tokenizer`.
 
-    Raises InputError for broken files, another tokenizer, a malformed blend or split, or documents without ends when
-    they are to be isolated.
+    needs_ends: the setting that tells documents by their ends, besides data.isolate_documents
+    Raises InputError for broken files, another tokenizer, a malformed blend or split, or documents without ends where
+    a setting needs them.
     """
+    needs_ends = "data.isolate_documents" if data.isolate_documents else needs_ends
     blends = [load_blend(data.train), load_blend(data.valid or data.train)]
     prefixes = dict.fromkeys(prefix for blend in blends for _, prefix in blend)
     opened = {prefix: open_indexed(prefix) for prefix in prefixes}
     metas = [(prefix, meta) for prefix, (_, meta) in opened.items()]
     check_same_tokenizer(metas, tokenizer, explicit=data.tokenizer is not None)
     for prefix, meta in metas:
-        if data.isolate_documents and meta and not meta.append_eod:
-            raise InputError(f"data.isolate_documents: {prefix} has no ends of documents; tokenize it with append_eod")
+        if needs_ends and meta and not meta.append_eod:
+            raise InputError(f"{needs_ends}: {prefix} has no ends of documents; tokenize it with append_eod")
     spans = [(0.0, 1.0)] * 2 if data.valid else _split_bounds(data.split)
 
     def part(weight: float, prefix: str, span: tuple[float, float]) -> Part:

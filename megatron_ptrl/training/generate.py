@@ -28,7 +28,7 @@ def generate(config: PretrainConfig, chunks: list[Any], prompt: list[int], *, vo
     for chunk in chunks:
         chunk.eval()
     while len(written) - start < config.sample.tokens and len(written) < config.data.seq_length:
-        logits = _next_logits(config, chunks, written)
+        logits = next_logits(config, chunks, written)
         token = _choose(logits[:vocab_size].float().cpu(), config.sample.temperature, generator)
         if token == eod:
             break
@@ -44,7 +44,7 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
 
 
-def _next_logits(config: PretrainConfig, chunks: list[Any], written: list[int]) -> Tensor:
+def next_logits(config: PretrainConfig, chunks: list[Any], written: list[int]) -> Tensor:
     """Logits (v,) after the last token of `written`, on every rank.
 
     The window is always seq_length long: sequence parallelism cannot split one token.

@@ -1,5 +1,6 @@
 """How the ranks are laid out, and whether that can work: asked before anything is built."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,12 @@ class Layout:
     world_size: int
     dp: int
     num_microbatches: int
+
+
+def check_launched(world_size: int) -> None:
+    """InputError where there should be ranks and nothing says how they find one another."""
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set; launch the ranks with torchrun")
 
 
 def check_layout(config: PretrainConfig, world_size: int) -> Layout:

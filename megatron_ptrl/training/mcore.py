@@ -199,8 +199,8 @@ def transformer_config(config: PretrainConfig) -> SeededTransformerConfig:
         raise InputError(f"model: Megatron-Core refuses this configuration: {error}") from error
 
 
-def initialize(config: PretrainConfig, *, timeout_minutes: int = 30) -> None:
-    """Start torch.distributed (NCCL with CUDA, else gloo) and Megatron's process groups; seed everything."""
+def join_ranks(*, timeout_minutes: int = 30) -> None:
+    """Start torch.distributed, unless it runs: NCCL with CUDA, else gloo."""
     if not dist.is_initialized():
         rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
         if torch.cuda.is_available():
@@ -215,6 +215,11 @@ def initialize(config: PretrainConfig, *, timeout_minutes: int = 30) -> None:
             timeout=timedelta(minutes=timeout_minutes),
             **rendezvous,
         )
+
+
+def initialize(config: PretrainConfig, *, timeout_minutes: int = 30) -> None:
+    """Start torch.distributed and Megatron's process groups; seed everything."""
+    join_ranks(timeout_minutes=timeout_minutes)
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         parallel.tp,
@@ -248,8 +253,22 @@ def build_model(config: PretrainConfig, vocab_size: int) -> list[DistributedData
     vocab_size: real tokens; the embedding is padded by `padded_vocab_size`.
     """
     transformer = transformer_config(config)
+    return _distribute(config, transformer, _build_chunks(config, transformer, vocab_size))
+
+
+def build_frozen_model(config: PretrainConfig, vocab_size: int) -> list[torch.nn.Module]:
+    """As `build_model`, only to be run forward: in eval mode, without the buffers and hooks of data parallelism.
+
+    Its random weights are meant to be replaced by a checkpoint's. Leaves the random state changed.
+    """
+    return [chunk.eval() for chunk in _build_chunks(config, transformer_config(config), vocab_size)]
+
+
+def _build_chunks(
+    config: PretrainConfig, transformer: SeededTransformerConfig, vocab_size: int
+) -> list[torch.nn.Module]:
     use_te = layers.has_transformer_engine()
-    bare = []
+    bare: list[torch.nn.Module] = []
     for stage in range(config.parallel.vpp or 1):
         vp_stage = stage if config.parallel.vpp else None
         block = layers.decoder_spec(
@@ -274,7 +293,7 @@ def build_model(config: PretrainConfig, vocab_size: int) -> list[DistributedData
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
         bare.append(Float16Module(transformer, model) if transformer.bf16 else model)
-    return _distribute(config, transformer, bare)
+    return bare
 
 
 def _distribute(

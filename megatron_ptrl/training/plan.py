@@ -112,11 +112,31 @@ def memory_per_rank(
     }
 
 
-def describe(config: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int, data_tokens: int) -> str:
-    """The dry run's text."""
+def reference_memory(reference: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int) -> float:
+    """Bytes on the fullest rank of the weights of `remit.reference`, in the layout of the run."""
+    count = count_parameters(reference.model, padded_vocab, ffn)
+    return memory_per_rank(reference, layout, count, padded_vocab)["weights"]
+
+
+def describe(
+    config: PretrainConfig,
+    layout: Layout,
+    padded_vocab: int,
+    ffn: int,
+    data_tokens: int,
+    reference_bytes: float | None = None,
+) -> str:
+    """The dry run's text.
+
+    reference_bytes: what `reference_memory` gives, with a reference that runs along. Offloaded, it takes what the
+    activations of the run, which are not there yet when it runs, leave uncovered.
+    """
     parallel, train = config.parallel, config.train
     count = count_parameters(config.model, padded_vocab, ffn)
     memory = memory_per_rank(config, layout, count, padded_vocab)
+    if reference_bytes is not None:
+        covered = memory["activations"] + memory["logits"] if config.remit.offload_reference else 0.0
+        memory["reference"] = max(reference_bytes - covered, 0.0)
     step_tokens = train.global_batch * config.data.seq_length
     total = sum(memory.values())
     passes = train.steps * step_tokens / data_tokens
@@ -138,4 +158,9 @@ def describe(config: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int
         "loss": f"{config.loss.impl}, beta {config.loss.beta:g}, lambda_head {config.loss.lambda_head:g}, "
         f"lambda_tail {config.loss.lambda_tail:g}, top_k {config.loss.top_k}",
     }
+    if config.remit.weighting != "none":
+        remit = config.remit
+        setting = f"epsilon {remit.epsilon:g}" if remit.weighting == "remit" else f"keep {remit.keep:g}"
+        source = f"reference {remit.reference}" if remit.online else f"side-cars {', '.join(remit.sidecar or [])}"
+        rows["weights"] = f"{remit.weighting}, {setting}, by {remit.center}, {source}"
     return "\n".join(f"{name:<16} {text}" for name, text in rows.items())

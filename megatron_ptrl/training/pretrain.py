@@ -27,12 +27,16 @@ from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint, layers, loop, mcore, plan
 from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.generate import generate
-from megatron_ptrl.training.layout import Layout, check_layout
+from megatron_ptrl.training.layout import Layout, check_launched, check_layout
+from megatron_ptrl.training.online_reference import MANIFEST_KEY, OnlineReference, find_reference
 from megatron_ptrl.training.optimizer import build_optimizer, build_scheduler, check_schedule
 from megatron_ptrl.training.resume import describe, model_fields, restore
 from megatron_ptrl.training.runlog import RunLog
 from megatron_ptrl.training.signals import Signals
 from megatron_ptrl.training.summary import summary
+from megatron_ptrl.training.token_log import TokenLog
+from megatron_ptrl.training.token_log import lines as token_lines
+from megatron_ptrl.training.weighting import TokenWeighting
 
 
 def run(config: PretrainConfig) -> None:
@@ -70,10 +74,11 @@ def _check(config: PretrainConfig, world_size: int) -> tuple[Layout, Tokenizer]:
             f"log.wandb_project is {config.log.wandb_project} and wandb is not installed; "
             "pip install megatron-ptrl[wandb]"
         )
-    if world_size > 1 and "MASTER_ADDR" not in os.environ:
-        raise InputError(f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set; launch the ranks with torchrun")
+    check_launched(world_size)
     tokenizer = resolve_tokenizer(config.data)
     config.loss.check_vocabulary(tokenizer.vocab_size)
+    if config.remit.online:
+        find_reference(config, tokenizer, world_size)
     return layout, tokenizer
 
 
@@ -88,7 +93,12 @@ def _dry_run(config: PretrainConfig, launched: int) -> str:
     tokenizer = resolve_tokenizer(config.data)
     padded = mcore.padded_vocab_size(tokenizer.vocab_size, config.model, parallel.tp)
     tokens = sum(count_tokens(prefix) for _, prefix in load_blend(config.data.train))
-    return plan.describe(config, layout, padded, mcore.ffn_size(config.model), tokens)
+    reference_bytes = None
+    if config.remit.online:
+        _, reference, _ = find_reference(config, tokenizer, world_size)
+        its_padded = mcore.padded_vocab_size(tokenizer.vocab_size, reference.model, parallel.tp)
+        reference_bytes = plan.reference_memory(reference, layout, its_padded, mcore.ffn_size(reference.model))
+    return plan.describe(config, layout, padded, mcore.ffn_size(config.model), tokens, reference_bytes)
 
 
 @dataclass
@@ -110,7 +120,16 @@ class Pretraining:
             valid_samples=train.eval_samples,
             tokenizer=self.tokenizer,
             cache=config.data.cache or str(self.run_dir / "data_cache"),
+            remit=config.remit,
         )
+        self.weighting = TokenWeighting(config.remit) if config.remit.weighting != "none" else None
+        self.reference: OnlineReference | None = None
+        found: list[str] = []
+        self.about = describe(config, self.tokenizer)
+        if config.remit.online:
+            # Before the model, whose checkpoint brings a random state that this would undo.
+            self.reference, path, found = OnlineReference.load(config, self.tokenizer, self.layout.world_size)
+            self.about[MANIFEST_KEY] = str(path.resolve())
         self.chunks = mcore.build_model(config, self.tokenizer.vocab_size)
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer)
@@ -118,7 +137,7 @@ class Pretraining:
         self.held_out: dict[str, float] = {}
         self.progress, notes = restore(config, self.tokenizer, self.chunks, self.optimizer, self.scheduler)
         self.log = self._open_log()
-        for note in notes:
+        for note in [*notes, *found]:
             self.say(note)
 
     def run(self) -> None:
@@ -183,9 +202,15 @@ class Pretraining:
         config, start = self.config, time.perf_counter()
         # The rate that this step uses; the scheduler then moves on to the next step's.
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        means = loop.train_step(config, self.chunks, self.optimizer, batches, self.layout.num_microbatches)
-        self.scheduler.step(increment=config.train.global_batch)
         step = self.progress.step + 1
+        logs_tokens = self.weighting and (step % config.log.every == 0 or step == config.train.steps)
+        if self.weighting and logs_tokens:
+            self.weighting.log.arm()
+        num_microbatches = self.layout.num_microbatches
+        if self.reference:
+            batches = self.reference.score(batches, num_microbatches)
+        means = loop.train_step(config, self.chunks, self.optimizer, batches, num_microbatches, self.weighting)
+        self.scheduler.step(increment=config.train.global_batch)
         self.progress = Progress(step, self.progress.consumed_samples + config.train.global_batch)
         seconds = time.perf_counter() - start
         tokens = config.train.global_batch * config.data.seq_length
@@ -198,6 +223,8 @@ class Pretraining:
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
         }
+        if self.weighting and logs_tokens:
+            self._record_tokens(self.weighting.log, step)
         if self.log:
             self.log.record(figures)
             self.log.progress(figures)
@@ -209,6 +236,11 @@ class Pretraining:
             self.say(message)
             raise InputError(message)
         return figures
+
+    def _record_tokens(self, log: TokenLog, step: int) -> None:
+        rows = log.collect(self.config.train.micro_batch, self.config.data.seq_length)
+        if self.log and rows is not None:
+            self.log.record_tokens(token_lines(rows, self.tokenizer, step, self.config.remit.top_tokens))
 
     def _evaluate(self, *, record: bool = True) -> None:
         if self.valid_data is None:
@@ -248,7 +280,7 @@ class Pretraining:
             self.optimizer,
             self.scheduler,
             keep=self.config.checkpoint,
-            about=describe(self.config, self.tokenizer),
+            about=self.about,
         )
         self.say(f"saved {path}")
 

@@ -1,6 +1,7 @@
 """Which checkpoint a run begins with, whether it belongs to this run, and what has changed since it was saved."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _MUST_STAY = {
     "train.global_batch": "the position in the data and the schedule are counted in it",
     "parallel.distributed_optimizer": "Megatron-Core cannot convert the two forms",
 }
+_NO_EFFECT = ("cache", "micro_batch", "offload_reference", "top_tokens")
 _ORDER_SAMPLES = ("data.train", "data.valid", "data.split", "data.seq_length", "train.seed", "train.steps")
 
 
@@ -52,20 +54,27 @@ def restore(
         )
     if config.checkpoint.load is None:
         return Progress(), notes
-    path, passed_over = _source(config.checkpoint.load)
+    path, passed_over = find_source(config.checkpoint.load, "checkpoint.load")
     _check_same_model(path, config, tokenizer)
     checkpoint.load_weights(path, chunks, optimizer)
     return Progress(), [*notes, *passed_over, f"starting from the weights of {path}"]
 
 
-def _source(load: str) -> tuple[Path, list[str]]:
+def find_source(
+    load: str, field: str, find: Callable[[Path], checkpoint.Found] = checkpoint.find_on_rank_0
+) -> tuple[Path, list[str]]:
+    """(the newest whole checkpoint of a run directory or folder of checkpoints, or the one itself; notes for the log).
+
+    find: the default is collective over all ranks; `checkpoint.newest_whole` looks without them
+    Raises InputError, naming the `field` that `load` came from, where there is none.
+    """
     directory = Path(load)
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
-    found = checkpoint.find_on_rank_0(directory)
+    found = find(directory)
     notes = [f"not loaded: {reason}" for reason in found.passed_over]
     if found.path is None:
-        raise InputError(f"checkpoint.load is {load} and there is no whole checkpoint in it{_because(notes)}")
+        raise InputError(f"{field} is {load} and there is no whole checkpoint in it{_because(notes)}")
     return found.path, notes
 
 
@@ -92,9 +101,9 @@ def model_fields(model: ModelConfig) -> dict[str, Any]:
 def _settings(config: PretrainConfig) -> dict[str, Any]:
     """What a step's result follows from, besides the model."""
     named = {"parallel.distributed_optimizer": config.parallel.distributed_optimizer}
-    for section in ("data", "loss", "optimizer", "train"):
+    for section in ("data", "loss", "optimizer", "train", "remit"):
         for name, value in dataclasses.asdict(getattr(config, section)).items():
-            if not name.startswith("eval_") and name not in ("cache", "micro_batch"):
+            if not name.startswith("eval_") and name not in _NO_EFFECT:
                 named[f"{section}.{name}"] = value
     return named
 

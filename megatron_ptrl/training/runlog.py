@@ -31,8 +31,9 @@ class RunLog:
         if settings is not None:
             (run_dir / "config.yaml").write_text(settings)
             (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
-        metrics = run_dir / "metrics.jsonl"
-        _keep_until(metrics, first_step)
+        metrics, self._tokens = run_dir / "metrics.jsonl", run_dir / "token_weights.jsonl"
+        for lines in (metrics, self._tokens):
+            _keep_until(lines, first_step)
         self._metrics = metrics.open("a")
         self._text = (run_dir / "log.txt").open("a")
         self._bar = tqdm(total=last_step, initial=first_step, unit="step") if sys.stderr.isatty() else None
@@ -59,6 +60,11 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(named, step=step)
+
+    def record_tokens(self, lines: list[dict[str, Any]]) -> None:
+        """Objects of token_weights.jsonl, each with its `step`."""
+        with self._tokens.open("a") as stream:
+            stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     def progress(self, figures: dict[str, float]) -> None:
         """Move the bar, or print a line every few steps where there is no terminal."""

@@ -1,0 +1,54 @@
+"""A finished run's checkpoint -> the settings and the weights of its model, to be run forward only.
+
+What a checkpoint says of its model is all that is needed; how its run shared the model among ranks does not matter.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ptrl.cli import parse
+from megatron_ptrl.config import ModelConfig, PretrainConfig
+from megatron_ptrl.data.tokenizer import Tokenizer
+from megatron_ptrl.errors import InputError
+from megatron_ptrl.training import checkpoint, mcore
+
+# How that run cut its layers into pipeline stages, and heads that only training uses.
+_OF_ITS_RUN = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "mtp_num_layers",
+)
+
+
+def model_of(manifest: dict[str, Any]) -> ModelConfig:
+    """The model that a checkpoint's manifest describes."""
+    fields = {name: value for name, value in manifest["model"].items() if name not in _OF_ITS_RUN}
+    words = [f"--model.{name}={_word(value)}" for name, value in fields.items()]
+    return parse(PretrainConfig, words, prog="ptrl").model
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def check_vocabulary(path: Path, manifest: dict[str, Any], tokenizer: Tokenizer, field: str) -> None:
+    """InputError unless the model of the checkpoint at `path`, which `field` named, knows this tokenizer's ids."""
+    if manifest["tokenizer"] != tokenizer.sha256:
+        raise InputError(
+            f"{field}: {path} was trained with another tokenizer (sha256 {manifest['tokenizer'][:12]}, vocabulary "
+            f"{manifest['vocab_size']}) than {tokenizer.path} (sha256 {tokenizer.sha256[:12]}, vocabulary "
+            f"{tokenizer.vocab_size}) of the data; tokenize the data with that one, by --tokenizer"
+        )
+
+
+def load_frozen_model(config: PretrainConfig, path: Path, vocab_size: int) -> list[torch.nn.Module]:
+    """The chunks of `config.model` on this rank with the weights of the checkpoint. Collective over all ranks."""
+    chunks = mcore.build_frozen_model(config, vocab_size)
+    checkpoint.load_weights(path, chunks)
+    return chunks

@@ -1,0 +1,33 @@
+"""Side-cars with values of the test's choice."""
+
+import numpy
+
+from megatron_ptrl.data import sidecar
+from megatron_ptrl.data.indexed import open_indexed
+from megatron_ptrl.data.sidecar import SideCarMeta
+
+
+def write_sidecar(data: str, output: str, values: numpy.ndarray, **changes: object) -> str:
+    """`output`, now the prefix of an fp32 side-car of `data` with one of `values` for each token."""
+    indexed, meta = open_indexed(data)
+    known = {
+        "storage": "fp32",
+        "data": sidecar.identify(data),
+        "data_sha256": sidecar.hash_file(data + ".bin"),
+        "tokenizer_sha256": meta.tokenizer_sha256,
+        "reference": {"checkpoint": "runs/x"},
+        "window": 8,
+        "overlap": 4,
+        "documents": len(indexed),
+        "tokens": meta.tokens,
+        "mean_logprob": -1.0,
+    }
+    payload = [sidecar.encode(values.astype(numpy.float32), "fp32")]
+    sidecar.publish(output, data, payload, SideCarMeta(**{**known, **changes}))
+    return output
+
+
+def any_values(data: str, seed: int) -> numpy.ndarray:
+    """Log-probabilities of no model, between -8 and 0."""
+    tokens = open_indexed(data)[1].tokens
+    return -8 * numpy.random.default_rng(seed).random(tokens, dtype=numpy.float32)
