@@ -14,7 +14,11 @@ import torch
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", README, re.DOTALL)
 HERE = "run by tests/test_readme.py"
-ELSEWHERE = ("run by CI", "run by tests/test_benchmarks.py, at a small size")
+ELSEWHERE = (
+    "run by CI",
+    "run by tests/test_benchmarks.py, at a small size",
+    "run by tests/test_flywheel.py, at its smallest",
+)
 
 
 def test_every_block_says_who_runs_it() -> None:

@@ -178,3 +178,34 @@ def test_run_writes_beside_one_run_and_asks_where_for_several(tmp_path, capsys):
         run(ReportConfig(runs=[str(one), str(one)], output=str(tmp_path / "out")))
     with pytest.raises(InputError, match="no run directory"):
         run(ReportConfig())
+
+
+def weighted_run(path: Path, shares: list[float]) -> Path:
+    make_run(path)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    weights = {"remit_weight_mean": 1.02, "remit_gap": -0.1, "reference_ce": 1.5}
+    weights |= {"remit_low_share": shares[0], "remit_high_share": shares[-1]}
+    weights |= {f"remit_weight_bin_{i}": share for i, share in enumerate(shares)}
+    text = "".join(json.dumps(line | weights if "ce" in line else line) + "\n" for line in lines)
+    (path / "metrics.jsonl").write_text(text)
+    return path
+
+
+def test_the_weights_of_a_remit_run_are_drawn(tmp_path):
+    plain, weighted = make_run(tmp_path / "plain"), weighted_run(tmp_path / "weighted", [0.5, 0.2, 0.3])
+    plots = draw_plots([plain, weighted], tmp_path / "out")
+    assert {plot.stem for plot in plots} == ALL_PLOTS | {"reference", "token_weight", "weight_histogram"}
+    assert pixels(tmp_path / "out" / "weight_histogram.png").std() > 0.01
+
+
+def test_the_histogram_has_a_stair_for_every_bin_in_the_colour_of_its_run(tmp_path):
+    labelled = report._read([make_run(tmp_path / "plain"), weighted_run(tmp_path / "weighted", [0.5, 0.2, 0.3, 0.0])])
+    shares = {label: report._weight_shares(metrics) for label, metrics in labelled.items()}
+    assert shares == {"plain": [], "weighted": [0.5, 0.2, 0.3, 0.0]}
+    (axes,) = report._draw_histogram({"weighted": shares["weighted"]}, list(labelled)).axes
+    (stairs,) = axes.patches
+    assert list(stairs.get_data().values) == [0.5, 0.2, 0.3, 0.0]
+    assert list(stairs.get_data().edges) == [-1, -0.5, 0, 0.5, 1]
+    from matplotlib.colors import to_hex
+
+    assert to_hex(stairs.get_edgecolor()) == report._COLOURS[1]

@@ -45,7 +45,7 @@ def read_metrics(run: Path) -> RunMetrics:
     # Undecodable bytes are replaced so that they fail as JSON does, with the number of their line.
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
-            record = _parse(line, f"{path}:{number}")
+            record = parse_line(line, f"{path}:{number}")
             if "valid_ce" in record or "valid_loss" in record:
                 valid[_step(record, f"{path}:{number}")] = record
             elif "loss" in record or "ce" in record:
@@ -55,8 +55,11 @@ def read_metrics(run: Path) -> RunMetrics:
     return RunMetrics(run, [train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)])
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
-    """The object on `line`; an empty one for a blank line and for a last line that was cut off."""
+def parse_line(line: str, where: str) -> dict[str, Any]:
+    """The object on `line`; an empty one for a blank line and for a last line that was cut off.
+
+    Raises InputError, which names `where`, for anything else.
+    """
     try:
         record = json.loads(line) if line.strip() else {}
     except json.JSONDecodeError as error:

@@ -2,6 +2,7 @@
 
     metrics.jsonl  --read_metrics-->  RunMetrics  --draw_plots-->  loss.png, ce.png, ...
                                                   --summary_table-->  a Markdown table, a column per run
+    token_weights.jsonl, where there is one  --token_weights-->  token_weights.html
 
 Everything is drawn over consumed tokens, so that runs with different batch sizes compare at equal data.
 """
@@ -9,7 +10,7 @@ Everything is drawn over consumed tokens, so that runs with different batch size
 import bisect
 import math
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count, takewhile
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ptrl.config import ReportConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.evaluation.metrics import RunMetrics, is_finite, read_metrics
+from megatron_ptrl.evaluation.token_weights import write_token_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,10 +47,22 @@ _PLOTS: dict[str, tuple[_Panel, ...]] = {
         _Panel("head_mass", "probability mass of the head", "valid_head_mass"),
         _Panel("tail_mass", "probability mass of the tail", "valid_tail_mass"),
     ),
+    "reference": (
+        _Panel("reference_ce", "cross entropy of the reference (nats per token)"),
+        _Panel("remit_gap", "gap: log p, reference less model (nats)"),
+    ),
+    "token_weight": (
+        _Panel("remit_weight_mean", "mean weight of a token"),
+        _Panel("remit_low_share", "share of tokens at the lower edge", from_zero=True),
+        _Panel("remit_high_share", "share of tokens at the upper edge", from_zero=True),
+    ),
     "grad_norm": (_Panel("grad_norm", "gradient norm before clipping", from_zero=True),),
     "learning_rate": (_Panel("learning_rate", "learning rate", smooth=False),),
     "throughput": (_Panel("tokens_per_second", "throughput (tokens per second)", from_zero=True, large=True),),
 }
+
+_WEIGHT_BIN = "remit_weight_bin_{}"
+"""Share of the tokens whose weight is in this tenth, or whatever part, of the span from the lower edge to the upper."""
 
 _SUMMARY = {
     "loss": "loss",
@@ -95,9 +109,10 @@ def run(config: ReportConfig) -> None:
     labelled = _read(runs)
     table = _table(labelled)
     plots = _draw_all(labelled, output)
+    page = write_token_weights({label: metrics.path for label, metrics in labelled.items()}, output)
     (output / "summary.md").write_text(table + "\n", encoding="utf-8")
     print(table)
-    print(f"\n{len(plots)} plots and summary.md are in {output}")
+    print(f"\n{len(plots)} plots{', token_weights.html' if page else ''} and summary.md are in {output}")
 
 
 def draw_plots(runs: list[Path], output: Path) -> list[Path]:
@@ -130,6 +145,11 @@ def _draw_all(labelled: dict[str, RunMetrics], output: Path) -> list[Path]:
                 path = output / f"{name}.png"
                 _draw(labelled, panels, unit).savefig(path, format="png")
                 written.append(path)
+        shares = {label: found for label, metrics in labelled.items() if (found := _weight_shares(metrics))}
+        if shares:
+            path = output / "weight_histogram.png"
+            _draw_histogram(shares, list(labelled)).savefig(path, format="png")
+            written.append(path)
     return written
 
 
@@ -197,10 +217,7 @@ def _draw(labelled: dict[str, RunMetrics], panels: tuple[_Panel, ...], unit: str
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
-    looks: list[dict[str, Any]] = [
-        {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[i // len(_COLOURS) % len(_LINES)]}
-        for i in range(len(labelled))
-    ]
+    looks = [_look(i) for i in range(len(labelled))]
     handles = [Line2D([], [], linewidth=1.8, label=label, **look) for label, look in zip(labelled, looks, strict=True)]
     if any(panel.smooth and len(metrics.train) > _SMOOTH_FROM for panel in panels for metrics in labelled.values()):
         handles.append(Line2D([], [], color="#888888", alpha=0.5, linewidth=1, label="every step"))
@@ -222,6 +239,37 @@ def _draw(labelled: dict[str, RunMetrics], panels: tuple[_Panel, ...], unit: str
             axes.yaxis.set_major_formatter(EngFormatter())
     # Outside the axes, so that it never covers a curve.
     figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+    return figure
+
+
+def _look(run: int) -> dict[str, Any]:
+    """Colour and line of the run of this number, alike in all plots."""
+    return {"color": _COLOURS[run % len(_COLOURS)], "linestyle": _LINES[run // len(_COLOURS) % len(_LINES)]}
+
+
+def _weight_shares(metrics: RunMetrics) -> list[float]:
+    """Of the last step that logged a histogram, the share of each bin; empty without one."""
+    for line in reversed(metrics.train):
+        shares = list(takewhile(is_finite, (line.get(_WEIGHT_BIN.format(i)) for i in count())))
+        if shares:
+            return shares
+    return []
+
+
+def _draw_histogram(shares: dict[str, list[float]], labels: list[str]) -> "Figure":
+    """Steps from -1, the lower edge of the weights, to 1, the upper; the same colours as in the other plots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for label, values in shares.items():
+        i = labels.index(label)
+        edges = [2 * edge / len(values) - 1 for edge in range(len(values) + 1)]
+        axes.stairs(values, edges, label=label, linewidth=1.8, **_look(i))
+    axes.set_xlabel("(weight - 1) / epsilon, last step")
+    axes.set_ylabel("share of tokens")
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside upper left", ncols=max(1, min(len(shares), 3)))
     return figure
 
 

@@ -182,7 +182,7 @@ class Pretraining:
             self.config.log,
             first_step=self.progress.step,
             last_step=self.config.train.steps,
-            settings=None if complete else yaml.safe_dump(_plain(self.config), sort_keys=False),
+            settings=None if complete else yaml.safe_dump(plain_settings(self.config), sort_keys=False),
         )
 
     def _batches(self) -> loop.Batches:
@@ -310,7 +310,7 @@ class Pretraining:
         return sample.prompt + self.tokenizer.decode(new)
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain_settings(config: Any) -> dict[str, Any]:
     """The config as YAML holds it, ready for --config: Megatron-Core's own fields only where they were set."""
     plain = {}
     for field in dataclasses.fields(config):

@@ -1,0 +1,62 @@
+"""examples/configs: the YAML files of the papers' settings are read, planned, and of the size that they claim."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_plan import dry_run
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+# Of a layer of Youtu-LLM-2B: two steps to the queries, two to keys and values, a norm between each, the output.
+LATENT_ATTENTION = 2048 * 1536 + 1536 + 1536 * 16 * 192 + 2048 * (512 + 64) + 512 + 512 * 16 * 256 + 2048 * 2048
+# Vocabulary, and parameters of the published model: less the QK norms that OLMo 2 has over the whole width and ours per
+# head, and with the ordinary attention that stands in for Youtu-LLM's.
+PUBLISHED = {
+    "remit-olmo-1b": (100_278, 1_484_916_736 - 16 * 2 * (2048 - 128)),
+    "remit-smollm3-3b": (128_256, 3_075_098_624),
+    "remit-youtu-llm-2b": (128_256, 1_961_560_064 + 32 * (4 * 2048 * 2048 - LATENT_ATTENTION)),
+}
+
+
+def test_every_config_is_checked_here() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_of_the_paper_can_be_planned(ranks, prefix, tmp_path, name):
+    words = ["--config", str(CONFIGS / f"{name}.yaml"), "--data.train", prefix, "--remit.sidecar", f"{prefix}.logprob"]
+    words += ["--run_dir", str(tmp_path / "run"), "--dry_run_world_size", "8"]
+    code, text, err = ranks.run(1, dry_run, words)[0]
+    assert (code, err) == (0, "")
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    train = settings["train"]
+    tokens = train["steps"] * train["global_batch"] * settings["data"]["seq_length"]
+    assert tokens == pytest.approx(50e9, rel=1e-4) and f"{tokens:,} tokens" in text
+    assert settings["optimizer"]["decay_steps"] == train["steps"]
+    assert (settings["remit"]["weighting"], settings["remit"]["epsilon"]) == ("remit", 0.2)
+    assert not (tmp_path / "run").exists()
+
+
+def counted(rank: int, world_size: int, name: str) -> tuple[int, Any]:
+    from megatron_ptrl.training import host
+
+    host.install_if_no_cuda()
+    from megatron_ptrl.cli import parse
+    from megatron_ptrl.config import PretrainConfig
+    from megatron_ptrl.training import layers, mcore, plan
+
+    words = ["--config", str(CONFIGS / f"{name}.yaml"), "--remit.sidecar", "any"]
+    config = parse(PretrainConfig, words, prog="ptrl pretrain")
+    layers.check_supported(config)
+    built = mcore.transformer_config(config)
+    padded = mcore.padded_vocab_size(PUBLISHED[name][0], config.model, 1)
+    rotary = built.no_rope_freq[:4] if built.no_rope_freq else None
+    return plan.count_parameters(config.model, padded, mcore.ffn_size(config.model)).total, rotary
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_model_has_the_size_of_the_published_one(ranks, name):
+    total, without_positions = ranks.run(1, counted, name)[0]
+    assert total == PUBLISHED[name][1]
+    assert without_positions == ([0, 0, 0, 1] if "smollm3" in name else None)
