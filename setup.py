@@ -98,6 +98,7 @@ kernels = Extension(
     "megatron_ptrl._C",
     sources=[
         "csrc/bindings.cpp",
+        "csrc/kept_memory.cpp",
         "csrc/remit_weights_cpu.cpp",
         "csrc/reward_shaped_ce_cpu.cpp",
         "csrc/reward_shaped_ce_cpu_loops.cpp",

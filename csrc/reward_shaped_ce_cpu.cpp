@@ -5,10 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <limits>
 #include <optional>
@@ -16,6 +12,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "kept_memory.h"
 
 namespace {
 
@@ -202,22 +199,9 @@ void write_gradient(const Tensor& logits, const Tensor& target, const Tensor& gr
   });
 }
 
-// A gradient of many megabytes is fresh memory at every step: with 4 KiB pages the first touch of each costs more than
-// the gradient itself (256 x 131072 in bf16, one thread of a Zen 4 virtual machine: 42 ms, 16 with huge pages).
-void ask_for_huge_pages(const Tensor& x) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t end = begin + x.numel() * x.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
-#endif
-}
-
 Tensor grad(const Tensor& logits, const Tensor& target, const Tensor& grad_loss, const Tensor& coefficients,
             int64_t vocab_start, int64_t ranked) {
-  Tensor out = torch::stable::empty_like(logits);
-  ask_for_huge_pages(out);
+  Tensor out = empty_in_kept_memory(logits);
   write_gradient(logits, target, grad_loss, coefficients, vocab_start, ranked, out);
   return out;
 }

@@ -71,7 +71,8 @@ def reward_shaped_cross_entropy(
     Cost: forward, one read of the logits and, over a group, one all-gather of 28 bytes a token and rank, plus
     `top_k` logits where lambda_head differs from lambda_tail; backward, one read and one write, no collective. Kept
     for the backward: the logits and 32 bytes a token. `inplace_backward` writes the gradient over the logits, which
-    must then not be used again: their version counter moves on, and a second backward raises RuntimeError.
+    must then not be used again: their version counter moves on, and a second backward raises RuntimeError. On CPUs the
+    memory of the last gradient of 16 MiB or more that was freed is kept for the next of its size.
 
     Raises InputError for a wrong shape or dtype, shards of unequal width, a `vocab_size` above v, a target outside of
     the vocabulary (on CPUs; on GPUs, which nothing waits for, its loss and gradient are NaN), a `top_k` above it (an
