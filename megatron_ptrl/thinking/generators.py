@@ -43,7 +43,7 @@ class Reply:
 
 
 class GenerationError(Exception):
-    """There is no reply to this request. `reason` is one of records.GENERATE_REASONS; `retryable`: another try may help."""
+    """No reply to this request. `reason` is one of records.GENERATE_REASONS; `retryable`: another try may help."""
 
     def __init__(self, reason: str, detail: str, retryable: bool = False) -> None:
         super().__init__(f"{reason}: {detail}")
