@@ -17,6 +17,7 @@ from megatron_ptrl.config.pretrain import (
 )
 from megatron_ptrl.config.remit import RemitConfig
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
+from megatron_ptrl.config.think import ExecutorConfig, SamplingConfig, ServerConfig, ThinkConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DoctorConfig",
+    "ExecutorConfig",
     "LogConfig",
     "LossConfig",
     "ModelConfig",
@@ -35,8 +37,11 @@ __all__ = [
     "ReportConfig",
     "RewardShaping",
     "SampleConfig",
+    "SamplingConfig",
     "ScoreConfig",
     "SelectConfig",
+    "ServerConfig",
+    "ThinkConfig",
     "TokenizeConfig",
     "TrainConfig",
 ]
