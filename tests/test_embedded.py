@@ -1,0 +1,144 @@
+"""The embedded generator: what full forward passes say, whatever batch a request is in."""
+
+import asyncio
+import math
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from tiny import Settings, pretraining, run_tiny, tiny_config
+
+from megatron_ptrl.thinking.generators import GenerationError, Reply, Request
+
+WINDOW = 64
+TEXTS = ["def parse(", "import os\nimport sys\n\nclass Reader:\n    pass", "#", "return self.value", "for line in"]
+
+
+def request(text: str, **changes: Any) -> Request:
+    settings = {"max_tokens": 12, "temperature": 0.0, "top_p": 1.0, "stop": [], "seed": 1} | changes
+    return Request(id=text, messages=[{"role": "user", "content": text}], **settings)
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    # Large, untied weights: a young model with small ones says one token for ever. 512 tokens padded to 1024.
+    model = {"model__share_embeddings_and_output_weights": False, "model__init_method_std": 0.3}
+    model["model__make_vocab_size_divisible_by"] = 1024
+    folder = tmp_path_factory.mktemp("embedded") / "run"
+    settings = tiny_config(prefix, folder, train__steps=3, data__seq_length=WINDOW, **model)
+    run_tiny(ranks, 1, settings)
+    return settings
+
+
+def embedded(rank: int, world_size: int, run_dir: str, groups: list[list[Request]], **options: Any) -> list[list[Any]]:
+    """Each group asked at once, the groups one after the other; what an error says in place of a reply."""
+    from megatron_ptrl.thinking.embedded import open_embedded
+
+    async def ask() -> list[list[Any]]:
+        generator = open_embedded(run_dir, **options)
+
+        async def answer(wanted: Request) -> Reply | dict[str, Any]:
+            try:
+                return await generator.generate(wanted)
+            except GenerationError as error:
+                return vars(error)
+
+        try:
+            return [await asyncio.gather(*map(answer, group)) for group in groups]
+        finally:
+            await generator.close()
+
+    return asyncio.run(ask())
+
+
+def ask(ranks: Ranks, settings: Settings, *groups: list[Request], **options: Any) -> list[list[Reply]]:
+    return ranks.run(1, _ask, settings["run_dir"], list(groups), options)[0]
+
+
+def _ask(rank: int, world_size: int, run_dir: str, groups: list[list[Request]], options: Any) -> list[list[Any]]:
+    return embedded(rank, world_size, run_dir, groups, **options)
+
+
+def by_full_passes(rank: int, world_size: int, settings: Settings) -> tuple[list[str], list[float]]:
+    """Greedy texts by generate.py, and the largest distance of a KV cache's logits from those of full passes."""
+    with pretraining({**settings, "sample.tokens": 12, "sample.temperature": 0}, world_size) as run:
+        from megatron_ptrl.training.decode import CachedRows
+        from megatron_ptrl.training.generate import generate
+
+        texts = []
+        for text in TEXTS:
+            prompt = [run.tokenizer.eod, *run.tokenizer.encode(text)]
+            new = generate(run.config, run.chunks, prompt, vocab_size=run.tokenizer.vocab_size, eod=run.tokenizer.eod)
+            texts.append(run.tokenizer.decode(new))
+        model = run.chunks[0].eval()
+        tokens = torch.randint(run.tokenizer.vocab_size, (3, 40), generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            full = model(tokens, torch.arange(40).expand(3, -1), None)[..., : run.tokenizer.vocab_size]
+        cached, far = CachedRows(model, 3, 40), []
+        rows = [0, 1, 2]
+        for end in range(9, 41):
+            found = cached.extend(tokens[rows, :9] if end == 9 else tokens[rows, end - 1 : end])
+            far.append(float((found - full[rows, end - 1]).abs().max() / full.abs().max()))
+            if end == 20:
+                rows = [2, 0]
+                cached.keep(rows)
+        return texts, far
+
+
+def test_greedy_text_is_that_of_full_forward_passes_in_any_batch(ranks, trained):
+    texts, far = ranks.run(1, by_full_passes, trained)[0]
+    assert max(far) < 1e-5, far
+    together, alone, *rest = ask(ranks, trained, list(map(request, TEXTS)), *([request(text)] for text in TEXTS))
+    assert [reply.text for reply in together] == texts
+    assert [group[0] for group in (alone, *rest)] == together
+    assert len({tuple(text) for text in texts}) == len(texts) and all(map(str.strip, texts))
+
+
+def test_a_drawn_text_hangs_on_its_seed_and_not_on_its_batch(ranks, trained):
+    warm = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 16}
+    mixed = [request(text, seed=seed, **warm) for seed in (1, 2) for text in TEXTS]
+    shuffled = random.Random(0).sample(mixed, len(mixed))
+    together, apart, *_ = ask(ranks, trained, mixed, shuffled, batch=3)
+    texts = {(reply_to.id, reply_to.seed): reply.text for reply_to, reply in zip(mixed, together, strict=True)}
+    assert texts == {(reply_to.id, reply_to.seed): reply.text for reply_to, reply in zip(shuffled, apart, strict=True)}
+    assert all(texts[text, 1] != texts[text, 2] for text in TEXTS)
+
+
+def test_text_ends_before_the_first_stop_string_the_limit_or_the_window(ranks, trained):
+    whole = ask(ranks, trained, [request(TEXTS[0], max_tokens=30)])[0][0]
+    assert (whole.finish_reason, whole.completion_tokens) == ("length", 30)
+    # Several tokens long, and its end is not one of a token.
+    stop, later = whole.text[9:14], whole.text[20:24]
+    # The limit leaves no more than a few tokens of the window.
+    prompts = [request(TEXTS[0], max_tokens=30, stop=[later, stop]), request("x " * 29, max_tokens=40)]
+    stopped, full = ask(ranks, trained, prompts)[0]
+    assert stopped.text == whole.text[: whole.text.index(stop)] and stopped.finish_reason == "stop"
+    assert stopped.completion_tokens < 30
+    assert full.finish_reason == "length" and full.prompt_tokens + full.completion_tokens == WINDOW
+
+
+def test_a_prompt_that_fills_the_window_is_refused_and_the_others_are_answered(ranks, trained):
+    long, other = ask(ranks, trained, [request("x y z " * 40), request("def")])[0]
+    assert long["reason"] == "bad_request" and not long["retryable"] and str(WINDOW) in long["detail"]
+    assert other.completion_tokens == 12
+
+
+def test_a_draw_follows_the_probabilities_within_the_nucleus():
+    from megatron_ptrl.training.decode import draw
+
+    probability = torch.tensor([0.1, 0.5, 0.25, 0.15], dtype=torch.float64)
+    count, temperature = 40_000, 0.5
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    ones = torch.ones(count, dtype=torch.float64)
+    logits = probability.log().float().expand(count, -1)
+    # p^2 over their sum: 0.029 0.725 0.181 0.065, so that 0.9 is reached by the first two.
+    drawn = Counter(draw(logits, ones * temperature, ones * 0.9, uniform).tolist())
+    sharp = probability**2 / (probability**2)[[1, 2]].sum()
+    assert set(drawn) == {1, 2}
+    assert all(math.isclose(drawn[i] / count, sharp[i], abs_tol=2 / count) for i in (1, 2))
+    everything = Counter(draw(logits, ones, ones, uniform).tolist())
+    assert all(math.isclose(everything[i] / count, probability[i], abs_tol=2 / count) for i in range(4))
+    assert draw(logits[:1], ones[:1] * 0, ones[:1] * 1e-9, uniform[-1:]).tolist() == [1]
