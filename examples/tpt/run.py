@@ -1,0 +1,132 @@
+"""TPT (arXiv:2509.20186) at toy size: the same documents, as they are and with the thinking that they call for.
+
+    make_data -> think, against think_server.py -> pretrain by each method, over seeds -> compare
+
+    python examples/tpt/run.py [--work_dir .tpt] [--seeds 3] [--small]
+
+The paper's case of constrained data: TPT goes over the documents and their thinking once, and vanilla over the documents
+alone for as many tokens, so more than twice. Both train the same model in the same steps; a seed changes its weights and
+the order of the data. Nothing is downloaded, no GPU is needed. A second call goes on from where the first one came to;
+delete the work directory to start over. `--small` only shows that every stage works: its models learn nothing.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PTRL = ("-m", "megatron_ptrl")
+CORES = 2
+SEQUENCE, BATCH = 256, 8
+
+Words = list[object]
+
+SMALL: dict[str, Words] = {
+    "make_data": ["--documents", 60, "--held_out", 6],
+    "pretrain": ["--optimizer.warmup_steps", 1],
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """Everything lies in `work`; `small` shortens the stages by the flags of `SMALL`."""
+
+    work: Path
+    seeds: int
+    small: bool
+
+    def run(self) -> None:
+        """All stages, one after the other."""
+        data, tokenizer = self.work / "data", self.work / "data" / "tokenizer.json"
+        documents, thought = data / "documents", data / "thought"
+        if not tokenizer.exists():
+            run([HERE / "make_data.py", data, *self.flags("make_data")])
+        if not documents.with_suffix(".idx").exists():
+            source: Words = ["--input", f"{documents}.jsonl", "--tokenizer", tokenizer]
+            run([*PTRL, "tokenize", *source, "--output", documents])
+        with think_server() as url:
+            source = ["--input", f"{documents}.jsonl", "--tokenizer", tokenizer, "--servers", url]
+            run([*PTRL, "think", *source, "--output", thought])
+
+        prefixes = {"vanilla": documents, "TPT": thought / "train"}
+        tokens = {name: count_tokens(prefix) for name, prefix in prefixes.items()}
+        # One time over TPT's, and the same for vanilla.
+        steps = tokens["TPT"] // (SEQUENCE * BATCH)
+        epochs = {name: steps * SEQUENCE * BATCH / count for name, count in tokens.items()}
+        print(f"{steps} steps, epochs: " + ", ".join(f"{name} {count:.1f}" for name, count in epochs.items()))
+        runs = {name: [self.work / f"{name.lower()}-{seed + 1}" for seed in range(self.seeds)] for name in prefixes}
+        commands: list[Words] = []
+        for name, run_dirs in runs.items():
+            for seed, run_dir in enumerate(run_dirs, start=1):
+                words = [*self.flags("pretrain", "pretrain.yaml"), "--data.train", prefixes[name], "--train.seed", seed]
+                commands.append([*PTRL, "pretrain", *words, "--train.steps", steps, "--run_dir", run_dir])
+        run_side_by_side(commands)
+
+        named = [f"{name}={','.join(map(str, run_dirs))}" for name, run_dirs in runs.items()]
+        run([HERE / "compare.py", *named, "--sums", data / "held_out.jsonl", "--output", self.work])
+        print(f"{self.work / 'comparison.png'} shows it")
+
+    def flags(self, stage: str, config: str | None = None) -> Words:
+        """The stage's YAML file and, for a small run, what shortens it."""
+        file: Words = ["--config", HERE / "configs" / config] if config else []
+        return [*file, *(SMALL[stage] if self.small else [])]
+
+
+def count_tokens(prefix: Path) -> int:
+    """Tokens of a `.bin/.idx`, by what stands beside it."""
+    return json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))["tokens"]
+
+
+@contextlib.contextmanager
+def think_server() -> Iterator[str]:
+    """The URL of think_server.py in a process of its own."""
+    server = subprocess.Popen([sys.executable, HERE / "think_server.py"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def run(words: Words, *, quietly: bool = False) -> None:
+    """Print a Python command, run it on one thread a process, and end with its exit code when it fails."""
+    command = [str(word) for word in (sys.executable, *words)]
+    print("$", " ".join(command), flush=True)
+    start = time.perf_counter()
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
+    done = subprocess.run(command, env=environment, capture_output=quietly, text=True)
+    if done.returncode:
+        print(done.stdout or "", done.stderr or "", sep="\n", flush=True)
+        sys.exit(done.returncode)
+    print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def run_side_by_side(commands: list[Words]) -> None:
+    """`run`, a process for each core; what they print is in log.txt of their run directories."""
+    with ThreadPoolExecutor(CORES) as pool:
+        list(pool.map(lambda words: run(words, quietly=True), commands))
+
+
+def main() -> None:
+    """Parse the command line and run everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path(".tpt"))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
+    parser.add_argument("--small", action="store_true", help="a minute instead of minutes, and nothing is learnt")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    Example(arguments.work_dir, arguments.seeds, arguments.small).run()
+    print(f"\nall stages: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

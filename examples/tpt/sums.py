@@ -1,0 +1,94 @@
+"""Short texts with a sum in them, and the thinking that works such a sum out. Everything follows from a seed.
+
+    The mill at Ash ground 347 sacks in March and 589 in April. It was a wet year. Together that made 936 sacks.
+
+The total is hard to foretell in one go, digit by digit from the left, and easy in steps from the right. Every second
+text leaves it open, as texts do that take their reader for granted.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+
+PLACES = ("Ash", "Birk", "Cole", "Dunn", "Esk", "Firth", "Glen", "Holm")
+SOURCES = {
+    "The mill at {place} ground {a} sacks in {first} and {b} in {second}.": "sacks",
+    "In {first} the farm at {place} sold {a} eggs, in {second} {b}.": "eggs",
+    "The school at {place} had {a} books in {first}; {b} were given to it in {second}.": "books",
+    "From {place} came {a} letters in {first} and {b} more in {second}.": "letters",
+}
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "October", "November")
+ASIDES = (
+    "It was a wet year.",
+    "Nobody had expected as much.",
+    "The roads were bad.",
+    "Old people still speak of it.",
+    "A clerk kept the records.",
+    "The winter had been long.",
+)
+STATED = "Together that made {total} {things}."
+OPEN = "What that made together was left to the reader."
+OPENINGS = ("How many {things} together?", "The two numbers of {things} can be added.", "Add up the {things}.")
+
+_SUM = re.compile(r"(\d+)\D+?(\d+)\D")
+_THINGS = re.compile(r"\b(sacks|eggs|books|letters)\b")
+_TOTAL = re.compile(r"Together (\d+)\.")
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A text up to where its total may stand, and the total."""
+
+    beginning: str
+    things: str
+    total: int
+
+    def text(self, *, stated: bool) -> str:
+        """The whole document."""
+        ending = STATED.format(total=self.total, things=self.things) if stated else OPEN
+        return f"{self.beginning} {ending}"
+
+    @property
+    def up_to_total(self) -> str:
+        """The document that states it, cut before the total; a space belongs to what follows, as in the tokenizer."""
+        return f"{self.beginning} {STATED.partition(' {total}')[0]}"
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """Whether these operands never occur in training: every eighth pair."""
+    return (7 * a + 3 * b) % 8 == 0
+
+
+def draw_sum(rng: random.Random, *, held_out: bool) -> Sum:
+    """Two numbers of three digits in a sentence, with an aside behind it."""
+    while True:
+        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        if is_held_out(a, b) == held_out:
+            break
+    sentence, things = rng.choice(list(SOURCES.items()))
+    first, second = rng.sample(MONTHS, 2)
+    source = sentence.format(place=rng.choice(PLACES), a=a, b=b, first=first, second=second)
+    return Sum(f"{source} {rng.choice(ASIDES)}", things, a + b)
+
+
+def think(document: str, rng: random.Random) -> str | None:
+    """What an expert thinks of the document: the sum of its first two numbers, digit by digit; None without two.
+
+    It goes by the text alone, as a model would, and does not look at the total that may stand there.
+    """
+    found, things = _SUM.search(document), _THINGS.search(document)
+    if found is None or things is None:
+        return None
+    a, b = int(found[1]), int(found[2])
+    steps, carry = [], 0
+    for x, y in zip(reversed(f"{a:03}"), reversed(f"{b:03}"), strict=True):
+        step = f"{x}+{y}+{carry}={int(x) + int(y) + carry}"
+        carry = (int(x) + int(y) + carry) // 10
+        steps.append(step)
+    return f"{rng.choice(OPENINGS).format(things=things[1])} {a} and {b}: {', '.join(steps)}. Together {a + b}."
+
+
+def is_right(thinking: str, total: int) -> bool:
+    """Whether thinking ends in the right total."""
+    found = _TOTAL.findall(thinking)
+    return bool(found) and int(found[-1]) == total
