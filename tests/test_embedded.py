@@ -110,8 +110,9 @@ def test_a_drawn_text_hangs_on_its_seed_and_not_on_its_batch(ranks, trained):
 def test_text_ends_before_the_first_stop_string_the_limit_or_the_window(ranks, trained):
     whole = ask(ranks, trained, [request(TEXTS[0], max_tokens=30)])[0][0]
     assert (whole.finish_reason, whole.completion_tokens) == ("length", 30)
-    # Several tokens long, and its end is not one of a token.
-    stop, later = whole.text[9:14], whole.text[20:24]
+    # Many tokens long, and not to be seen in the last few of them.
+    stop, later = whole.text[6:36], whole.text[40:44]
+    assert len(stop) == 30 and later
     # The limit leaves no more than a few tokens of the window.
     prompts = [request(TEXTS[0], max_tokens=30, stop=[later, stop]), request("x " * 29, max_tokens=40)]
     stopped, full = ask(ranks, trained, prompts)[0]

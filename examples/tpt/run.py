@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PTRL = ("-m", "megatron_ptrl")
 CORES = 2
-SEQUENCE, BATCH = 256, 8
+SEQUENCE, BATCH = 256, 4
 
 Words = list[object]
 

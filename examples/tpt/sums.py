@@ -1,6 +1,6 @@
 """Short texts with a sum in them, and the thinking that works such a sum out. Everything follows from a seed.
 
-    The mill at Ash ground 347 sacks in March and 589 in April. It was a wet year. Together that made 936 sacks.
+    The mill at Ash ground 47 sacks in March and 86 in May. Together that made 133 sacks.
 
 The total is hard to foretell in one go, digit by digit from the left, and easy in steps from the right. Every second
 text leaves it open, as texts do that take their reader for granted.
@@ -18,17 +18,9 @@ SOURCES = {
     "From {place} came {a} letters in {first} and {b} more in {second}.": "letters",
 }
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "October", "November")
-ASIDES = (
-    "It was a wet year.",
-    "Nobody had expected as much.",
-    "The roads were bad.",
-    "Old people still speak of it.",
-    "A clerk kept the records.",
-    "The winter had been long.",
-)
 STATED = "Together that made {total} {things}."
 OPEN = "What that made together was left to the reader."
-OPENINGS = ("How many {things} together?", "The two numbers of {things} can be added.", "Add up the {things}.")
+OPENINGS = ("{things} together: ", "How many {things}? ", "Add up the {things}: ")
 
 _SUM = re.compile(r"(\d+)\D+?(\d+)\D")
 _THINGS = re.compile(r"\b(sacks|eggs|books|letters)\b")
@@ -60,15 +52,15 @@ def is_held_out(a: int, b: int) -> bool:
 
 
 def draw_sum(rng: random.Random, *, held_out: bool) -> Sum:
-    """Two numbers of three digits in a sentence, with an aside behind it."""
+    """Two numbers of two digits in a sentence."""
     while True:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
         if is_held_out(a, b) == held_out:
             break
     sentence, things = rng.choice(list(SOURCES.items()))
     first, second = rng.sample(MONTHS, 2)
     source = sentence.format(place=rng.choice(PLACES), a=a, b=b, first=first, second=second)
-    return Sum(f"{source} {rng.choice(ASIDES)}", things, a + b)
+    return Sum(source, things, a + b)
 
 
 def think(document: str, rng: random.Random) -> str | None:
@@ -80,12 +72,10 @@ def think(document: str, rng: random.Random) -> str | None:
     if found is None or things is None:
         return None
     a, b = int(found[1]), int(found[2])
-    steps, carry = [], 0
-    for x, y in zip(reversed(f"{a:03}"), reversed(f"{b:03}"), strict=True):
-        step = f"{x}+{y}+{carry}={int(x) + int(y) + carry}"
-        carry = (int(x) + int(y) + carry) // 10
-        steps.append(step)
-    return f"{rng.choice(OPENINGS).format(things=things[1])} {a} and {b}: {', '.join(steps)}. Together {a + b}."
+    units = a % 10 + b % 10
+    tens = a // 10 + b // 10 + units // 10
+    steps = f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}+{units // 10}={tens}"
+    return f"{rng.choice(OPENINGS).format(things=things[1])}{steps}. Together {a + b}."
 
 
 def is_right(thinking: str, total: int) -> bool:
