@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import multiprocess
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -174,6 +175,20 @@ class ThinkStep(PipelineStep):
             await generator.close()
 
 
+class _LocalExecutor(LocalPipelineExecutor):
+    """Tasks in processes that are gone when this one is; datatrove's own keep a manager that outlives a SIGKILL."""
+
+    def run(self) -> None:
+        self.save_executor_as_json()
+        if self.workers == 1:
+            for rank in range(self.tasks):
+                self._run_for_rank(rank)
+            return
+        with multiprocess.get_context(self.start_method).Pool(self.workers) as pool:
+            for _ in pool.imap_unordered(self._run_for_rank, range(self.tasks)):
+                pass
+
+
 def _execute(config: ThinkConfig, parts: list[Part], left: list[int]) -> None:
     _silence()
     settings = config.executor
@@ -183,7 +198,7 @@ def _execute(config: ThinkConfig, parts: list[Part], left: list[int]) -> None:
     executor: PipelineExecutor
     if settings.kind == "local":
         # What is left is told by the output itself, not by datatrove's marks.
-        executor = LocalPipelineExecutor(
+        executor = _LocalExecutor(
             [step], tasks=tasks, workers=min(settings.workers, tasks), logging_dir=logs, skip_completed=False
         )
     else:
