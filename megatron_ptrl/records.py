@@ -1,6 +1,23 @@
 """The nouns that travel between the stages."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron_ptrl.errors import InputError
+
+# Why a document has no thinking, as the `reason` of a rejects line says it.
+GENERATE_REASONS = (
+    "unreadable",  # no JSON, no text field, invalid UTF-8, a lone surrogate
+    "empty_document",
+    "duplicate_id",  # the same id twice in a file; the first one is kept
+    "missing_field",  # the prompt's template names a field that the record lacks
+    "bad_request",  # the server will not have it, for instance as too long
+    "server_error",  # every attempt failed
+    "timeout",  # every attempt failed, the last one for want of a reply
+    "malformed_reply",  # every attempt failed, the last one with a reply that is not the API's
+    "no_thinking",  # a reply without a sign of where its thinking is
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,3 +29,39 @@ class Document:
     """File it was read from, as given or found."""
     line: int
     """Line of a JSONL file or row of a Parquet file, from 1; 1 for a file that is one document."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """The record's other fields, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thought:
+    """A document and the thinking a model wrote about it, kept apart: one line of OUTPUT/thoughts/*.jsonl."""
+
+    id: str
+    text: str
+    """The document, whole."""
+    metadata: dict[str, Any]
+    """The record's other fields."""
+    thinking: str
+    """Without tags."""
+    model: str
+    prompt: str
+    """Name and digest of the template."""
+    finish_reason: str
+    """"stop", "length" for thinking that was cut off, or what else the server says."""
+    prompt_tokens: int | None
+    thinking_tokens: int | None
+    """By the generator's count, tags included; null where it does not say."""
+    seed: int
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str | bytes, where: str) -> "Thought":
+        """The thought of one line. Raises InputError, naming `where`, for a line that is none."""
+        try:
+            return cls(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{where}: {error}; expected a line as `ptrl think` writes it") from error

@@ -1,0 +1,68 @@
+"""The seam to the outside model: a `Request` goes in, a `Reply` comes back, wherever the model lives.
+
+    Request  ->  Generator.generate  ->  Reply
+                        |
+                        +--> GenerationError: why there is none, and whether asking again may help
+
+A generator does its own retrying, as only it knows how many servers it has; what it raises is final for the document,
+unless it is a `GeneratorUnusable`, which ends the run with everything done so far kept.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_ptrl.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One conversation to be continued. The same request gets the same reply from the same model."""
+
+    id: str
+    messages: list[dict[str, str]]
+    """As OpenAI's chat API has them: {"role": ..., "content": ...}."""
+    max_tokens: int
+    temperature: float
+    top_p: float
+    stop: list[str]
+    """The reply ends before the first of these."""
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the model wrote."""
+
+    text: str
+    """Reasoning in its tags where the model or its server told it apart: `<think>...</think>...`."""
+    finish_reason: str
+    """"stop", "length", or what else the server says."""
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    model: str
+
+
+class GenerationError(Exception):
+    """No reply to this request. `reason` is one of records.GENERATE_REASONS; `retryable`: another try may help."""
+
+    def __init__(self, reason: str, detail: str, retryable: bool = False) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+        self.retryable = retryable
+
+
+class GeneratorUnusable(InputError):
+    """No request can succeed: a wrong key, no such model, every server gone. The run stops and can be continued."""
+
+
+class Generator(Protocol):
+    """A model that continues conversations, many at a time."""
+
+    name: str
+
+    async def generate(self, request: Request) -> Reply:
+        """The reply. Raises GenerationError when there is none, GeneratorUnusable when there will be none at all."""
+
+    async def close(self) -> None:
+        """Let go of connections and processes."""
