@@ -133,7 +133,7 @@ def _read_file(file: Path, text_field: str, rejects: Rejects) -> Iterator[tuple[
     if file.suffix == ".parquet":
         yield from _read_parquet(file, text_field, rejects)
         return
-    with file.open("rb") as raw, _uncompressed(file, raw) as stream:
+    with file.open("rb") as raw, uncompressed(file, raw) as stream:
         if ".txt" in file.suffixes[-2:]:
             yield from _read_txt(file, stream, rejects)
         else:
@@ -141,7 +141,8 @@ def _read_file(file: Path, text_field: str, rejects: Rejects) -> Iterator[tuple[
                 yield document, raw.tell()
 
 
-def _uncompressed(file: Path, raw: IO[bytes]) -> IO[bytes]:
+def uncompressed(file: Path, raw: IO[bytes]) -> IO[bytes]:
+    """`raw`, or what it holds when the name of `file` ends in .gz or .zst."""
     if file.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if file.suffix == ".zst":

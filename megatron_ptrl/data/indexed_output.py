@@ -77,7 +77,7 @@ def in_order(
     batches: Iterable[tuple[Kept, Sent]],
     function: Callable[[Sent], Result],
     workers: int,
-    initializer: Callable[..., None],
+    initializer: Callable[..., object],
     identity: tuple[Any, ...],
 ) -> Iterator[tuple[Kept, Result]]:
     """For each (kept, sent) the kept part and `function(sent)` by one of `workers` processes, in the same order.
