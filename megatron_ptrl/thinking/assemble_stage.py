@@ -94,7 +94,7 @@ class _Rejects:
         self.counts[found.reason] += 1
         head: dict[str, Any] = {"id": found.id, "reason": found.reason, "detail": found.detail, "stage": "assemble"}
         head |= {"file": line.file, "line": line.number}
-        self._file.write(json.dumps(head).encode()[:-1] + b', "record": ' + _as_it_came(line.content) + b"}\n")
+        self._file.write(json.dumps(head).encode()[:-1] + b', "document": ' + _as_it_came(line.content) + b"}\n")
 
     def __enter__(self) -> "_Rejects":
         return self
@@ -109,7 +109,7 @@ def _as_it_came(content: bytes) -> bytes:
         json.loads(content)
         return content.strip()
     except (ValueError, RecursionError):
-        return json.dumps(content.decode("utf-8", "backslashreplace")).encode()
+        return json.dumps(content.decode("utf-8", "backslashreplace").rstrip("\r\n")).encode()
 
 
 def _publish_rejects(config: AssembleConfig, documents: int, temporary: Path, counts: Mapping[str, int]) -> None:
