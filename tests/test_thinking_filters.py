@@ -14,18 +14,21 @@ from megatron_ptrl.thinking.filters import REASONS, copied_share, largest_compre
 from megatron_ptrl.thinking.language import LETTERS, SMALL_WORDS, is_allowed, language_of
 
 GERMAN = (
-    "Die Summe der ersten ungeraden Zahlen ist immer eine Quadratzahl, und das kann man mit einem Bild zeigen: man legt "
-    "zu einem Quadrat auf zwei Seiten eine Reihe von Steinen, und in der Ecke noch einen, so wird es wieder ein Quadrat."
+    "Die Summe der ersten ungeraden Zahlen ist immer eine Quadratzahl, und das kann man mit einem Bild zeigen: man "
+    "legt zu einem Quadrat auf zwei Seiten eine Reihe von Steinen, und in der Ecke noch einen."
 )
-CHINESE = "前n个奇数之和总是一个平方数，这可以用一幅图来说明：在正方形的两边各放一排石子，再在角上放一颗，就又得到一个正方形。"
+CHINESE = (
+    "前n个奇数之和总是一个平方数，这可以用一幅图来说明："
+    "在正方形的两边各放一排石子，再在角上放一颗，就又得到一个正方形。"
+)
 LANGUAGE_SAMPLES = {
-    "en": "The sum of the first odd numbers is always a square, and this can be shown with a picture of stones in rows.",
+    "en": "The sum of the first odd numbers is always a square, and this can be shown with a picture of stones.",
     "de": GERMAN,
     "fr": "La somme des premiers nombres impairs est toujours un carré, et on le montre avec une figure dans le plan.",
     "es": "La suma de los primeros números impares es siempre un cuadrado, y esto se puede mostrar con una figura.",
     "it": "La somma dei primi numeri dispari è sempre un quadrato, e questo si può mostrare con una figura del piano.",
     "pt": "A soma dos primeiros números ímpares é sempre um quadrado, e isso se pode mostrar com uma figura no plano.",
-    "nl": "De som van de eerste oneven getallen is altijd een kwadraat, en dat kan men met een plaatje van stenen zien.",
+    "nl": "De som van de eerste oneven getallen is altijd een kwadraat, en dat kan men met een plaatje zien.",
     "cyrillic": "Сумма первых нечётных чисел всегда является квадратом, и это можно показать на рисунке.",
     "han": CHINESE,
     "kana": "最初の奇数の和はつねに平方数になり、それは図で示すことができる。",
