@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from types import ModuleType
 
 from megatron_ptrl.errors import InputError
 
@@ -18,12 +19,20 @@ class _Stage:
     """Config field that bare arguments go to."""
     trains: bool = False
     """Whether it imports Megatron-Core and may have to do without CUDA."""
+    extra: str | None = None
+    """Name of the optional dependencies it needs."""
 
 
 _STAGES = {
     "doctor": _Stage("megatron_ptrl.doctor", "DoctorConfig", "what is installed and built, and what is missing"),
     "tokenize": _Stage(
         "megatron_ptrl.data.tokenize_stage", "TokenizeConfig", "text, JSONL or Parquet -> tokenizer, .bin/.idx"
+    ),
+    "think": _Stage(
+        "megatron_ptrl.thinking.pipeline",
+        "ThinkConfig",
+        "documents -> documents with generated thinking (TPT)",
+        extra="tpt",
     ),
     "assemble": _Stage(
         "megatron_ptrl.thinking.assemble_stage", "AssembleConfig", "documents with their thinking -> .bin/.idx"
@@ -64,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_ptrl.cli import parse
 
         settings = parse(getattr(config, stage.config), rest, prog=f"ptrl {name}", positional=stage.positional)
-        importlib.import_module(stage.module).run(settings)
+        _import(stage).run(settings)
     except InputError as error:
         # What is wrong before the process group is up is wrong on every rank, so one of them says it.
         if error.rank is not None or os.environ.get("RANK", "0") == "0":
@@ -72,6 +81,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"ptrl {name}{where}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _import(stage: _Stage) -> ModuleType:
+    try:
+        return importlib.import_module(stage.module)
+    except ModuleNotFoundError as error:
+        if stage.extra is None or (error.name or "").startswith("megatron_ptrl"):
+            raise
+        raise InputError(f"this stage needs {error.name}; pip install megatron-ptrl[{stage.extra}]") from error
 
 
 def _silence_megatron() -> None:

@@ -20,6 +20,14 @@ GENERATE_REASONS = (
 )
 
 
+def to_line(record: dict[str, Any]) -> bytes:
+    """`record` as a line of a JSONL file, without its end; what JSON lacks (dates, bytes) becomes its text."""
+    try:
+        return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which only an escape can write
+        return json.dumps(record, default=str).encode("ascii")
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One text of a corpus, and where it came from."""
@@ -54,9 +62,9 @@ class Thought:
     """By the generator's count, tags included; null where it does not say."""
     seed: int
 
-    def to_json(self) -> str:
-        """One line, without its end."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+    def to_line(self) -> bytes:
+        """JSON, without a line end."""
+        return to_line(asdict(self))
 
     @classmethod
     def from_json(cls, line: str | bytes, where: str) -> "Thought":

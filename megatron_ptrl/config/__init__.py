@@ -18,6 +18,7 @@ from megatron_ptrl.config.pretrain import (
 )
 from megatron_ptrl.config.remit import RemitConfig
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
+from megatron_ptrl.config.think import ExecutorConfig, SamplingConfig, ServerConfig, ThinkConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DoctorConfig",
+    "ExecutorConfig",
     "LogConfig",
     "LossConfig",
     "ModelConfig",
@@ -37,8 +39,11 @@ __all__ = [
     "ReportConfig",
     "RewardShaping",
     "SampleConfig",
+    "SamplingConfig",
     "ScoreConfig",
     "SelectConfig",
+    "ServerConfig",
+    "ThinkConfig",
     "ThinkReportConfig",
     "ThinkingFilterConfig",
     "TokenizeConfig",

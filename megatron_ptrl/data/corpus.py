@@ -104,19 +104,33 @@ def read_documents(
     for file in files:
         try:
             size = file.stat().st_size
-            for document, position in _read_file(file, text_field, rejects):
-                on_bytes(done + position)
-                reason = _reason_against(document.text)
-                if reason:
-                    rejects.add(document.source, document.line, reason)
-                else:
+            with file.open("rb") as raw:
+                for document, position in read_stream(str(file), raw, size, text_field, rejects):
+                    on_bytes(done + position)
                     yield document
-        except (EOFError, zlib.error) as error:
-            raise InputError(f"{file}: damaged archive ({error}); nothing was written") from error
         except OSError as error:
             raise InputError(f"{file}: {error.strerror or error}") from error
         done += size
         on_bytes(done)
+
+
+def read_stream(
+    name: str, raw: IO[bytes], size: int, text_field: str, rejects: Rejects, *, with_fields: bool = False
+) -> Iterator[tuple[Document, int]]:
+    """The documents of one file, open as `raw`, each with the bytes on disk read so far of its `size`.
+
+    `name` tells the kind of file by its suffix, and stands in the documents and rejects. `with_fields` keeps the
+    other fields of a record. Raises InputError for a file that cannot be read to its end.
+    """
+    try:
+        for document, position in _read_file(name, raw, size, text_field, rejects, with_fields):
+            reason = _reason_against(document.text)
+            if reason:
+                rejects.add(document.source, document.line, reason)
+            else:
+                yield document, position
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{name}: damaged archive ({error}); nothing was written") from error
 
 
 def _reason_against(text: str) -> str | None:
@@ -129,32 +143,36 @@ def _reason_against(text: str) -> str | None:
     return None
 
 
-def _read_file(file: Path, text_field: str, rejects: Rejects) -> Iterator[tuple[Document, int]]:
-    if file.suffix == ".parquet":
-        yield from _read_parquet(file, text_field, rejects)
+def _read_file(
+    name: str, raw: IO[bytes], size: int, text_field: str, rejects: Rejects, with_fields: bool
+) -> Iterator[tuple[Document, int]]:
+    suffixes = Path(name).suffixes
+    if suffixes[-1] == ".parquet":
+        yield from _read_parquet(name, raw, size, text_field, rejects, with_fields)
         return
-    with file.open("rb") as raw, uncompressed(file, raw) as stream:
-        if ".txt" in file.suffixes[-2:]:
-            yield from _read_txt(file, stream, rejects)
+    with uncompressed(name, raw) as stream:
+        if ".txt" in suffixes[-2:]:
+            for document in _read_txt(name, stream, rejects):
+                yield document, size
         else:
-            for document in _read_jsonl(file, stream, text_field, rejects):
+            for document in _read_jsonl(name, stream, text_field, rejects, with_fields):
                 yield document, raw.tell()
 
 
-def uncompressed(file: Path, raw: IO[bytes]) -> IO[bytes]:
-    """`raw`, or what it holds when the name of `file` ends in .gz or .zst."""
-    if file.suffix == ".gz":
+def uncompressed(name: str, raw: IO[bytes]) -> IO[bytes]:
+    """`raw`, or what it holds when `name` ends in .gz or .zst."""
+    if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if file.suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(file, raw), buffer_size=1 << 20)
+    if name.endswith(".zst"):
+        return io.BufferedReader(_ZstdStream(name, raw), buffer_size=1 << 20)
     return raw
 
 
 class _ZstdStream(io.RawIOBase):
     """Every frame of a .zst file; zstandard's own reader stops after one, and takes a truncated one for its end."""
 
-    def __init__(self, file: Path, raw: IO[bytes]) -> None:
-        self._zstandard = _import_extra("zstandard", file)
+    def __init__(self, name: str, raw: IO[bytes]) -> None:
+        self._zstandard = _import_extra("zstandard", name)
         self._raw = raw
         self._packed = b""
         self._plain = b""
@@ -184,17 +202,19 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-def _read_txt(file: Path, stream: IO[bytes], rejects: Rejects) -> Iterator[tuple[Document, int]]:
+def _read_txt(name: str, stream: IO[bytes], rejects: Rejects) -> Iterator[Document]:
     content = stream.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        rejects.add(str(file), content.count(b"\n", 0, error.start) + 1, "invalid UTF-8")
+        rejects.add(name, content.count(b"\n", 0, error.start) + 1, "invalid UTF-8")
         return
-    yield Document(text, str(file), 1), file.stat().st_size
+    yield Document(text, name, 1)
 
 
-def _read_jsonl(file: Path, stream: IO[bytes], text_field: str, rejects: Rejects) -> Iterator[Document]:
+def _read_jsonl(
+    name: str, stream: IO[bytes], text_field: str, rejects: Rejects, with_fields: bool
+) -> Iterator[Document]:
     for line, content in enumerate(stream, start=1):
         try:
             record = content.decode("utf-8-sig" if line == 1 else "utf-8")
@@ -202,50 +222,54 @@ def _read_jsonl(file: Path, stream: IO[bytes], text_field: str, rejects: Rejects
                 continue
             value = json.loads(record)
         except UnicodeDecodeError:
-            rejects.add(str(file), line, "invalid UTF-8")
+            rejects.add(name, line, "invalid UTF-8")
         except (ValueError, RecursionError):
-            rejects.add(str(file), line, "not JSON")
+            rejects.add(name, line, "not JSON")
         else:
             if not isinstance(value, dict):
-                rejects.add(str(file), line, "not a JSON object")
+                rejects.add(name, line, "not a JSON object")
             elif text_field not in value:
-                rejects.add(str(file), line, f"no field {text_field!r}")
+                rejects.add(name, line, f"no field {text_field!r}")
             elif not isinstance(value[text_field], str):
-                rejects.add(str(file), line, f"field {text_field!r} is not a string")
+                rejects.add(name, line, f"field {text_field!r} is not a string")
             else:
-                yield Document(value[text_field], str(file), line)
+                text = value.pop(text_field)
+                yield Document(text, name, line, value if with_fields else {})
 
 
-def _read_parquet(file: Path, text_field: str, rejects: Rejects) -> Iterator[tuple[Document, int]]:
-    _import_extra("pyarrow", file)
+def _read_parquet(
+    name: str, raw: IO[bytes], size: int, text_field: str, rejects: Rejects, with_fields: bool
+) -> Iterator[tuple[Document, int]]:
+    _import_extra("pyarrow", name)
     import pyarrow
     import pyarrow.parquet
 
-    size = file.stat().st_size
     row = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(raw)
         columns = table.schema_arrow.names
         if text_field not in columns:
-            raise InputError(f"{file}: no column {text_field!r}; it has {', '.join(columns)}; set --text_field")
-        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-            for scalar in batch.column(0):
+            raise InputError(f"{name}: no column {text_field!r}; it has {', '.join(columns)}; set --text_field")
+        others = [column for column in columns if with_fields and column != text_field]
+        for batch in table.iter_batches(batch_size=256, columns=[text_field, *others]):
+            for index, scalar in enumerate(batch.column(text_field)):
                 row += 1
                 try:
                     value = scalar.as_py()
+                    fields = {other: batch.column(other)[index].as_py() for other in others}
                 except UnicodeDecodeError:
-                    rejects.add(str(file), row, "invalid UTF-8")
+                    rejects.add(name, row, "invalid UTF-8")
                     continue
                 if isinstance(value, str):
-                    yield Document(value, str(file), row), size * row // table.metadata.num_rows
+                    yield Document(value, name, row, fields), size * row // table.metadata.num_rows
                 else:
-                    rejects.add(str(file), row, f"field {text_field!r} is not a string")
+                    rejects.add(name, row, f"field {text_field!r} is not a string")
     except pyarrow.ArrowException as error:
-        raise InputError(f"{file}: damaged Parquet after row {row} ({error})") from error
+        raise InputError(f"{name}: damaged Parquet after row {row} ({error})") from error
 
 
-def _import_extra(package: str, file: Path) -> Any:
+def _import_extra(package: str, name: str) -> Any:
     try:
         return __import__(package)
     except ImportError as error:
-        raise InputError(f"{file}: reading it needs {package}; pip install megatron-ptrl[data]") from error
+        raise InputError(f"{name}: reading it needs {package}; pip install megatron-ptrl[data]") from error

@@ -216,7 +216,7 @@ def read_lines(files: list[Path], on_bytes: Callable[[int], None] = lambda bytes
     done = 0
     for file in files:
         try:
-            with file.open("rb") as raw, uncompressed(file, raw) as stream:
+            with file.open("rb") as raw, uncompressed(str(file), raw) as stream:
                 for number, content in enumerate(stream, start=1):
                     on_bytes(done + raw.tell())
                     if content.strip():

@@ -11,6 +11,7 @@ unless it is a `GeneratorUnusable`, which ends the run with everything done so f
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_ptrl.config import ThinkConfig
 from megatron_ptrl.errors import InputError
 
 
@@ -34,12 +35,14 @@ class Reply:
     """What the model wrote."""
 
     text: str
-    """Reasoning in its tags where the model or its server told it apart: `<think>...</think>...`."""
+    """The message, tags and all."""
     finish_reason: str
     """"stop", "length", or what else the server says."""
     prompt_tokens: int | None
     completion_tokens: int | None
     model: str
+    thinking: str | None = None
+    """The reasoning, where the server told it apart from the text."""
 
 
 class GenerationError(Exception):
@@ -66,3 +69,12 @@ class Generator(Protocol):
 
     async def close(self) -> None:
         """Let go of connections and processes."""
+
+
+def make_generator(config: ThinkConfig) -> tuple[Generator, int]:
+    """The generator that the settings name, and how many requests at a time keep it busy."""
+    if config.generator == "openai":
+        from megatron_ptrl.thinking.servers import Servers
+
+        return Servers(config.servers, config.server), config.server.in_flight * len(config.servers)
+    raise InputError(f"generator is {config.generator!r}; expected openai")

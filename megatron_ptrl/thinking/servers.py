@@ -1,0 +1,278 @@
+"""OpenAI-compatible servers behind the seam: load spread over them, the sick ones left out until they are well.
+
+    generate  ->  _acquire (the least busy server that is in)  ->  POST /chat/completions  ->  Reply
+        ^                                                              |
+        +---- wait, then another attempt  <---- what may pass --------+----> what will not: GenerationError
+
+A server that fails three times in a row is out for a second, twice as long after each further failure, up to half a
+minute; then one request tries it. No probe of its own: /v1/models may fail on a server that generates, and succeed on
+one that does not.
+
+The API key is in no attribute that is printed, no exception and no reply: whatever a server says has it struck out.
+"""
+
+import asyncio
+import json
+import os
+import random
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from megatron_ptrl.config import ServerConfig
+from megatron_ptrl.thinking.generators import GenerationError, GeneratorUnusable, Reply, Request
+
+FAILURES_UNTIL_OUT = 3
+LONGEST_PAUSE = 30.0
+# A server that is only too busy says so as often as it likes, but not to one document for ever.
+BUSY_PER_ATTEMPT = 20
+END_OF_THINKING = "</think>"
+
+
+class _Failed(Exception):
+    """One attempt had no reply.
+
+    counts: it is one of the document's attempts     sick: it speaks against the server
+    pause: seconds that the server asks for
+    """
+
+    def __init__(
+        self, reason: str, detail: str, *, counts: bool = True, sick: bool = True, pause: float | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.reason, self.detail, self.counts, self.sick, self.pause = reason, detail, counts, sick, pause
+
+
+class _Server:
+    def __init__(self, url: str, limit: int) -> None:
+        self.url = url if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
+        self.url = self.url.rstrip("/")
+        self.limit = limit
+        self.in_flight = 0
+        self.failures = 0
+        self.answered = False
+        self.out_since = self.in_again = 0.0
+
+    def room(self, now: float) -> bool:
+        return now >= self.in_again and self.in_flight < (1 if self.failures >= FAILURES_UNTIL_OUT else self.limit)
+
+    def fail(self, started: float, now: float) -> None:
+        if self.failures >= FAILURES_UNTIL_OUT and started < self.out_since:
+            return  # sent before it went out, so nothing new
+        self.failures += 1
+        if self.failures >= FAILURES_UNTIL_OUT:
+            self.out_since = now
+            self.in_again = now + min(LONGEST_PAUSE, 2.0 ** min(self.failures - FAILURES_UNTIL_OUT, 10))
+
+
+class Servers:
+    """Chat completions from a list of servers, all with the same model."""
+
+    name = "openai"
+
+    def __init__(self, urls: Sequence[str], config: ServerConfig) -> None:
+        if not urls:
+            raise GeneratorUnusable("servers is empty; expected URLs such as http://localhost:8000/v1")
+        self.counts: Counter[str] = Counter()
+        """Attempts that failed, by reason."""
+        self._config = config
+        self._model = config.model
+        self._servers = [_Server(url, config.in_flight) for url in urls]
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._key = os.environ.get(config.api_key_env, "").strip()
+        if not self._key.isprintable() or not self._key.isascii():
+            raise GeneratorUnusable(f"the environment variable {config.api_key_env} holds what no HTTP header may")
+        self._session: aiohttp.ClientSession | None = None
+        self._asking_model = asyncio.Lock()
+        self._last_reply = 0.0
+        self._last_failure = "none has been asked"
+
+    async def generate(self, request: Request) -> Reply:
+        """The reply of one of the servers, after as many attempts as it takes and the settings allow."""
+        model = self._model or await self._ask_model()
+        body = {
+            "model": model,
+            "messages": request.messages,
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+            **({"stop": request.stop} if request.stop else {}),
+            **self._config.extra_body,
+        }
+        payload = json.dumps(body).encode()
+        attempts = busy = 0
+        while True:
+            server = await self._acquire()
+            try:
+                return _reply(await self._post(server, payload), model, request.stop)
+            except _Failed as failed:
+                self.counts[failed.reason] += 1
+                attempts += failed.counts
+                busy += not failed.counts
+                tries = attempts if failed.counts else min(busy, 6)
+                if attempts >= self._config.attempts or busy >= BUSY_PER_ATTEMPT * self._config.attempts:
+                    raise GenerationError(
+                        failed.reason, f"{failed.detail}, after {attempts + busy} requests", retryable=True
+                    ) from None
+                wait = min(LONGEST_PAUSE, self._config.backoff * 2 ** (tries - 1)) * random.uniform(0.5, 1.5)
+                await asyncio.sleep(wait)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._last_reply = asyncio.get_running_loop().time()
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=self._config.timeout, sock_connect=LONGEST_PAUSE),
+                headers={
+                    "Content-Type": "application/json",
+                    **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+                },
+            )
+        return self._session
+
+    async def _ask_model(self) -> str:
+        async with self._asking_model:
+            for server in self._servers if self._model is None else ():
+                try:
+                    async with self._open().get(server.url + "/models", timeout=aiohttp.ClientTimeout(total=30)) as got:
+                        self._model = str(json.loads(await got.read())["data"][0]["id"])
+                        break
+                except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
+                    continue
+        if self._model is None:
+            raise GeneratorUnusable(
+                f"no server tells its model's name at {self._servers[0].url}/models; set server.model"
+            )
+        return self._model
+
+    async def _acquire(self) -> _Server:
+        loop = asyncio.get_running_loop()
+        self._open()
+        while True:
+            now = loop.time()
+            ready = [server for server in self._servers if server.room(now)]
+            if ready:
+                server = min(ready, key=lambda server: server.in_flight)
+                server.in_flight += 1
+                return server
+            if now - self._last_reply > self._config.patience:
+                raise GeneratorUnusable(
+                    f"no server has answered for {now - self._last_reply:.0f} s (server.patience "
+                    f"{self._config.patience:g}), the last failure being: {self._last_failure}; what is done is kept, "
+                    "repeat the command when one is up"
+                )
+            turn = loop.create_future()
+            self._waiting.append(turn)
+            soonest = min(max(server.in_again - now, 0.0) for server in self._servers)
+            # A server that is in but full wakes the next in line itself.
+            await asyncio.wait([turn], timeout=max(soonest, 0.05) if soonest else 1.0)
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+
+    def _release(self, server: _Server) -> None:
+        server.in_flight -= 1
+        if self._waiting:
+            self._waiting.popleft().set_result(None)
+
+    async def _post(self, server: _Server, payload: bytes) -> dict[str, Any]:
+        """The JSON object of a 200. Raises _Failed, GenerationError (400) or GeneratorUnusable; releases the server."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            return await self._exchange(server, payload)
+        except _Failed as failed:
+            self._last_failure = f"{server.url}: {failed.detail}"
+            if failed.sick:
+                server.fail(started, loop.time())
+            if failed.pause:
+                server.in_again = max(server.in_again, loop.time() + min(failed.pause, 2 * LONGEST_PAUSE))
+            raise
+        finally:
+            self._release(server)
+
+    async def _exchange(self, server: _Server, payload: bytes) -> dict[str, Any]:
+        try:
+            url = server.url + "/chat/completions"
+            async with self._open().post(url, data=payload, allow_redirects=False) as response:
+                status, content = response.status, await response.read()
+                pause = _seconds(response.headers.get("Retry-After"))
+        except (TimeoutError, asyncio.TimeoutError):
+            raise _Failed("timeout", f"no reply within {self._config.timeout:g} s") from None
+        except aiohttp.ClientConnectorError as error:
+            raise _Failed("server_error", f"no connection: {error.strerror or 'refused'}", counts=False) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise _Failed("server_error", f"connection lost: {type(error).__name__}") from None
+        said = f"status {status}: {self._struck(content)}"
+        if status == 429:
+            raise _Failed("server_error", said, counts=False, sick=False, pause=pause)
+        if status in (400, 413, 422):
+            self._heard(server)
+            raise GenerationError("bad_request", said)
+        passing = status >= 500 or status in (408, 409, 425)
+        # What worked before may be a gateway's hiccup, a key that was taken back is none.
+        if passing or (status != 200 and server.answered and status not in (401, 403)):
+            raise _Failed("server_error", said, pause=pause)
+        if status != 200:
+            raise GeneratorUnusable(
+                f"{server.url}/chat/completions answers with {said}; check the URL, server.model and "
+                f"the environment variable {self._config.api_key_env}"
+            )
+        self._heard(server)
+        try:
+            reply = json.loads(content)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):
+            raise _Failed("malformed_reply", f"not a JSON object: {self._struck(content)!r}", sick=False)
+        return reply
+
+    def _heard(self, server: _Server) -> None:
+        server.answered, server.failures = True, 0
+        self._last_reply = asyncio.get_running_loop().time()
+
+    def _struck(self, content: bytes) -> str:
+        """What a server said, without the key and not too long for an error."""
+        said = content.decode("utf-8", "replace")
+        return (said.replace(self._key, "***") if self._key else said)[:300]
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return float(header) if header else None
+    except ValueError:
+        return None  # a date, which only a proxy would send
+
+
+def _reply(body: dict[str, Any], model: str, stop: list[str]) -> Reply:
+    try:
+        choice = body["choices"][0]
+        message = choice["message"]
+        # vLLM has called it by either name.
+        thinking = message.get("reasoning_content") or message.get("reasoning")
+        text = message.get("content") or ""
+        usage = body.get("usage") or {}
+        for part in (text, thinking or ""):
+            part.encode("utf-8")
+        # The stop string is cut off; vLLM and SGLang say which one it was.
+        stopped = choice.get("stop_reason") or choice.get("matched_stop")
+        if stopped == END_OF_THINKING and stopped in stop and thinking is None and stopped not in text:
+            text += END_OF_THINKING
+        return Reply(
+            text,
+            choice.get("finish_reason") or "unknown",
+            usage.get("prompt_tokens"),
+            usage.get("completion_tokens"),
+            str(body.get("model") or model),
+            thinking,
+        )
+    except (LookupError, TypeError, AttributeError, UnicodeEncodeError) as error:
+        raise _Failed("malformed_reply", f"not a chat completion ({type(error).__name__})", sick=False) from None
