@@ -33,12 +33,15 @@ def trained(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory)
     return settings
 
 
-def embedded(rank: int, world_size: int, run_dir: str, groups: list[list[Request]], **options: Any) -> list[list[Any]]:
+def embedded(run_dir: str, groups: list[list[Request]], closing: str = "</think>", **options: Any) -> list[list[Any]]:
     """Each group asked at once, the groups one after the other; what an error says in place of a reply."""
-    from megatron_ptrl.thinking.embedded import open_embedded
+    from megatron_ptrl.thinking import embedded as module
+
+    # No model this young writes the real tag.
+    module.CLOSE = closing
 
     async def ask() -> list[list[Any]]:
-        generator = open_embedded(run_dir, **options)
+        generator = module.open_embedded(run_dir, **options)
 
         async def answer(wanted: Request) -> Reply | dict[str, Any]:
             try:
@@ -59,7 +62,7 @@ def ask(ranks: Ranks, settings: Settings, *groups: list[Request], **options: Any
 
 
 def _ask(rank: int, world_size: int, run_dir: str, groups: list[list[Request]], options: Any) -> list[list[Any]]:
-    return embedded(rank, world_size, run_dir, groups, **options)
+    return embedded(run_dir, groups, **options)
 
 
 def by_full_passes(rank: int, world_size: int, settings: Settings) -> tuple[list[str], list[float]]:
@@ -119,6 +122,17 @@ def test_text_ends_before_the_first_stop_string_the_limit_or_the_window(ranks, t
     assert stopped.text == whole.text[: whole.text.index(stop)] and stopped.finish_reason == "stop"
     assert stopped.completion_tokens < 30
     assert full.finish_reason == "length" and full.prompt_tokens + full.completion_tokens == WINDOW
+
+
+def test_thinking_is_told_apart_where_the_prompt_opens_it_and_its_end_is_told(ranks, trained):
+    plain = ask(ranks, trained, [request(TEXTS[0])])[0][0]
+    assert plain.thinking is None
+    (opened,) = ask(ranks, trained, [request(f"{TEXTS[0]}\n\n<think>")])[0]
+    assert opened.thinking == opened.text and len(opened.text) > 3
+    tag = plain.text[3:8]
+    stops = [[tag, plain.text[1:6]], [tag]]
+    before, at = ask(ranks, trained, [request(TEXTS[0], stop=stop) for stop in stops], closing=tag)[0]
+    assert [before.text, at.text] == [plain.text[:1], plain.text[:8]]
 
 
 def test_a_prompt_that_fills_the_window_is_refused_and_the_others_are_answered(ranks, trained):

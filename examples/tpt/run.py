@@ -1,12 +1,12 @@
 """TPT (arXiv:2509.20186) at toy size: the same documents, as they are and with the thinking that they call for.
 
-    make_data -> think, against think_server.py -> pretrain by each method, over seeds -> compare
+    make_data -> think, against think_server.py -> assemble -> pretrain by each method, over seeds -> compare
 
     python examples/tpt/run.py [--work_dir .tpt] [--seeds 3] [--small]
 
-The paper's case of constrained data: TPT goes over the documents and their thinking once, and vanilla over the documents
-alone for as many tokens, so more than twice. Both train the same model in the same steps; a seed changes its weights and
-the order of the data. Nothing is downloaded, no GPU is needed. A second call goes on from where the first one came to;
+The paper's case of constrained data: TPT goes over the documents and their thinking once, vanilla over the documents
+alone for as many tokens, so about twice. Both train the same model in the same steps; a seed changes its weights and the
+order of the data. Nothing is downloaded, no GPU is needed. A second call goes on from where the first one came to;
 delete the work directory to start over. `--small` only shows that every stage works: its models learn nothing.
 """
 
@@ -55,6 +55,9 @@ class Example:
         with think_server() as url:
             source = ["--input", f"{documents}.jsonl", "--tokenizer", tokenizer, "--servers", url]
             run([*PTRL, "think", *source, "--output", thought])
+        if not (thought / "train.idx").exists():
+            source = ["--input", thought / "thoughts", "--tokenizer", tokenizer, "--workers", CORES]
+            run([*PTRL, "assemble", *source, "--output", thought / "train"])
 
         prefixes = {"vanilla": documents, "TPT": thought / "train"}
         tokens = {name: count_tokens(prefix) for name, prefix in prefixes.items()}

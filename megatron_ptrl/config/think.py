@@ -106,7 +106,11 @@ class ThinkConfig:
     tokenizer: str | None = None
     """tokenizer.json that counts the prompt's tokens; null counts 4 bytes as one."""
     generator: str = "openai"
-    """"openai" for servers."""
+    """"openai" for servers, "embedded" for a run of `ptrl pretrain` in this process."""
+    checkpoint: str = ""
+    """The embedded generator: a run directory, or one of its checkpoints."""
+    batch: int = 16
+    """Rows that the embedded generator writes at a time."""
     servers: list[str] = field(default_factory=list)
     """Their URLs, such as http://localhost:8000/v1."""
     seed: int = 0
@@ -119,6 +123,7 @@ class ThinkConfig:
 
     def __post_init__(self) -> None:
         require(self.prompt_tokens >= 1, f"prompt_tokens is {self.prompt_tokens}; expected >= 1")
+        require(self.batch >= 1, f"batch is {self.batch}; expected >= 1")
         require(self.part_megabytes > 0, f"part_megabytes is {self.part_megabytes}; expected > 0")
         for url in self.servers:
             parts = urlsplit(url)

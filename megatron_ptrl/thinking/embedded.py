@@ -22,6 +22,7 @@ from megatron_ptrl.errors import InputError
 from megatron_ptrl.thinking.generators import GenerationError, Reply, Request
 
 DEFAULT_BATCH = 16
+OPEN, CLOSE = "<think>", "</think>"
 
 
 def join_messages(messages: list[dict[str, str]]) -> str:
@@ -69,6 +70,9 @@ class EmbeddedGenerator:
 
     async def generate(self, request: Request) -> Reply:
         """The model's text up to a stop string, the end of the document, `max_tokens` or the window.
+
+        It is thinking all of it where the last message ends in <think>, as for a model that was trained on documents
+        with their thinking. A reply that stopped at </think> ends in it.
 
         Raises GenerationError for a prompt that fills the window.
         """
@@ -157,8 +161,15 @@ class EmbeddedGenerator:
     def _end(self, row: _Row, reason: str) -> None:
         text = self.tokenizer.decode(row.written)
         found = [place for stop in row.request.stop if (place := text.find(stop)) >= 0]
-        text = text[: min(found, default=len(text))]
-        row.reply.set_result(Reply(text, reason, len(row.prompt), len(row.written), self.name))
+        cut = min(found, default=len(text))
+        # Which stop it was is told as servers tell it, so that thinking without its end can be known.
+        closed = CLOSE if CLOSE in row.request.stop and text.startswith(CLOSE, cut) else ""
+        opened = row.request.messages[-1]["content"].rstrip().endswith(OPEN)
+        text = text[:cut]
+        reply = Reply(
+            text + closed, reason, len(row.prompt), len(row.written), self.name, thinking=text if opened else None
+        )
+        row.reply.set_result(reply)
 
 
 def open_embedded(

@@ -77,4 +77,9 @@ def make_generator(config: ThinkConfig) -> tuple[Generator, int]:
         from megatron_ptrl.thinking.servers import Servers
 
         return Servers(config.servers, config.server), config.server.in_flight * len(config.servers)
-    raise InputError(f"generator is {config.generator!r}; expected openai")
+    if config.generator == "embedded":
+        from megatron_ptrl.thinking.embedded import open_embedded
+
+        # Twice as many requests as rows, so that a batch finds others of its length.
+        return open_embedded(config.checkpoint, batch=config.batch), 2 * config.batch
+    raise InputError(f"generator is {config.generator!r}; expected openai or embedded")

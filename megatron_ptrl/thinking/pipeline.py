@@ -111,7 +111,7 @@ def make_parts(files: list[InputFile], megabytes: float) -> list[Part]:
 def _plan(config: ThinkConfig, parts: list[Part], template: str) -> dict[str, Any]:
     inputs = json.dumps([[(file.label, file.size) for file in part] for part in parts])
     tokenizer = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest() if config.tokenizer else None
-    same = ("text_field", "id_field", "prompt_tokens", "generator", "seed", "part_megabytes")
+    same = ("text_field", "id_field", "prompt_tokens", "generator", "checkpoint", "seed", "part_megabytes")
     return {
         "input": hashlib.sha256(inputs.encode()).hexdigest(),
         "prompt": template,
