@@ -1,8 +1,11 @@
 """The embedded generator: what full forward passes say, whatever batch a request is in."""
 
 import asyncio
+import json
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -139,6 +142,24 @@ def test_a_prompt_that_fills_the_window_is_refused_and_the_others_are_answered(r
     long, other = ask(ranks, trained, [request("x y z " * 40), request("def")])[0]
     assert long["reason"] == "bad_request" and not long["retryable"] and str(WINDOW) in long["detail"]
     assert other.completion_tokens == 12
+
+
+def test_ptrl_think_writes_what_the_embedded_generator_says(ranks, trained, tmp_path):
+    documents, template = tmp_path / "documents.jsonl", tmp_path / "open.txt"
+    documents.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    template.write_text("{{CONTEXT}}\n\n<think>")
+    words = ["--input", documents, "--output", tmp_path / "thought", "--prompt", template, "--generator", "embedded"]
+    words += ["--checkpoint", trained["run_dir"], "--sampling.max_tokens", 9, "--sampling.temperature", 0]
+    command = [sys.executable, "-m", "megatron_ptrl", "think", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (tmp_path / "thought" / "thoughts").glob("*.jsonl")
+    found = {line["text"]: line for line in map(json.loads, file.open())}
+    expected = ask(ranks, trained, [request(f"{text}\n\n<think>", max_tokens=9) for text in TEXTS])[0]
+    assert {text: line["thinking"] for text, line in found.items()} == {
+        text: reply.text.strip() for text, reply in zip(TEXTS, expected, strict=True)
+    }
+    assert {line["thinking_tokens"] for line in found.values()} == {9}
 
 
 def test_a_draw_follows_the_probabilities_within_the_nucleus():

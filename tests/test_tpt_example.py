@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,12 @@ def test_held_out_operands_occur_in_no_training_document() -> None:
     for held_out in (True, False):
         drawn = (re.findall(r"\d+", draw_sum(rng, held_out=held_out).beginning) for _ in range(500))
         assert all(is_held_out(int(a), int(b)) == held_out for a, b in drawn)
+    # Their totals are like those of training, or a model would learn from training to avoid them.
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if is_held_out(a, b)]
+    assert len(pairs) / 90**2 == pytest.approx(1 / 8, abs=0.01)
+    for modulus in (2, 3, 4, 5, 7, 8, 9, 10):
+        counts = Counter((a + b) % modulus for a, b in pairs)
+        assert max(counts.values()) < 1.3 * len(pairs) / modulus and len(counts) == modulus
 
 
 @pytest.mark.parametrize("text", ["", "Together", "Together 12", "Together 12 0.", "12."])

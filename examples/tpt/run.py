@@ -5,8 +5,8 @@
     python examples/tpt/run.py [--work_dir .tpt] [--seeds 3] [--small]
 
 The paper's case of constrained data: TPT goes over the documents and their thinking once, vanilla over the documents
-alone for as many tokens, so about twice. Both train the same model in the same steps; a seed changes its weights and the
-order of the data. Nothing is downloaded, no GPU is needed. A second call goes on from where the first one came to;
+alone for as many tokens, so about twice. Both train the same model in the same steps; a seed changes its weights and
+the order of the data. Nothing is downloaded, no GPU is needed. A second call goes on from where the first one came to;
 delete the work directory to start over. `--small` only shows that every stage works: its models learn nothing.
 """
 

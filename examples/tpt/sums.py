@@ -8,6 +8,7 @@ text leaves it open, as texts do that take their reader for granted.
 
 import random
 import re
+import zlib
 from dataclasses import dataclass
 
 PLACES = ("Ash", "Birk", "Cole", "Dunn", "Esk", "Firth", "Glen", "Holm")
@@ -47,8 +48,11 @@ class Sum:
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Whether these operands never occur in training: every eighth pair."""
-    return (7 * a + 3 * b) % 8 == 0
+    """Whether these operands never occur in training: every eighth pair, by chance.
+
+    Not by a rule of arithmetic: 7 a + 3 b = 0 (mod 8), say, holds out multiples of 4 alone, which training then avoids.
+    """
+    return zlib.crc32(f"{a} {b}".encode()) % 8 == 0
 
 
 def draw_sum(rng: random.Random, *, held_out: bool) -> Sum:
