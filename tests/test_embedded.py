@@ -119,11 +119,11 @@ def test_text_ends_before_the_first_stop_string_the_limit_or_the_window(ranks, t
     # Many tokens long, and not to be seen in the last few of them.
     stop, later = whole.text[6:36], whole.text[40:44]
     assert len(stop) == 30 and later
-    # The limit leaves no more than a few tokens of the window.
-    prompts = [request(TEXTS[0], max_tokens=30, stop=[later, stop]), request("x " * 29, max_tokens=40)]
-    stopped, full = ask(ranks, trained, prompts)[0]
+    stops = [request(TEXTS[0], max_tokens=30, stop=these) for these in ([stop], [later, stop])]
+    stopped, first, full = ask(ranks, trained, [*stops, request("x " * 29, max_tokens=40)])[0]
     assert stopped.text == whole.text[: whole.text.index(stop)] and stopped.finish_reason == "stop"
-    assert stopped.completion_tokens < 30
+    assert stopped.completion_tokens < 30 and first == stopped
+    # The prompt leaves fewer tokens of the window than were asked for.
     assert full.finish_reason == "length" and full.prompt_tokens + full.completion_tokens == WINDOW
 
 
