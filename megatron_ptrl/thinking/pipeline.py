@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,14 @@ class ThinkStep(PipelineStep):
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[None]:
         """Do every `world_size`-th part that is left, from the `rank`-th; yields nothing."""
         _exit_with_parent()
-        asyncio.run(self._run(self._left[rank::world_size]))
+        failure = None
+        try:
+            asyncio.run(self._run(self._left[rank::world_size]))
+        except InputError as error:
+            # The frames it went through hold the API key, for whoever prints a traceback with its variables.
+            failure = error.with_traceback(None)
+        if failure is not None:
+            raise failure
         yield from ()
 
     async def _run(self, share: list[int]) -> None:
@@ -178,13 +186,17 @@ class ThinkStep(PipelineStep):
 class _LocalExecutor(LocalPipelineExecutor):
     """Tasks in processes that are gone when this one is; datatrove's own keep a manager that outlives a SIGKILL."""
 
+    key_env: str
+
     def run(self) -> None:
         self.save_executor_as_json()
         if self.workers == 1:
             for rank in range(self.tasks):
                 self._run_for_rank(rank)
             return
-        with multiprocess.get_context(self.start_method).Pool(self.workers) as pool:
+        # A forkserver's children have the environment of the moment when it was started.
+        start = partial(os.environ.update, {self.key_env: os.environ.get(self.key_env, "")})
+        with multiprocess.get_context(self.start_method).Pool(self.workers, start) as pool:
             for _ in pool.imap_unordered(self._run_for_rank, range(self.tasks)):
                 pass
 
@@ -201,6 +213,7 @@ def _execute(config: ThinkConfig, parts: list[Part], left: list[int]) -> None:
         executor = _LocalExecutor(
             [step], tasks=tasks, workers=min(settings.workers, tasks), logging_dir=logs, skip_completed=False
         )
+        executor.key_env = config.server.api_key_env
     else:
         executor = SlurmPipelineExecutor(
             [step],
