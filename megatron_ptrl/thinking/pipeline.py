@@ -16,7 +16,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +182,16 @@ class ThinkStep(PipelineStep):
             await generator.close()
 
 
+class _KeyOfParent:
+    """Gives a process the key, which a forkserver's children lack if it was started earlier. Nothing prints it."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._key = name, os.environ.get(name, "")
+
+    def __call__(self) -> None:
+        os.environ[self._name] = self._key
+
+
 class _LocalExecutor(LocalPipelineExecutor):
     """Tasks in processes that are gone when this one is; datatrove's own keep a manager that outlives a SIGKILL."""
 
@@ -194,9 +203,7 @@ class _LocalExecutor(LocalPipelineExecutor):
             for rank in range(self.tasks):
                 self._run_for_rank(rank)
             return
-        # A forkserver's children have the environment of the moment when it was started.
-        start = partial(os.environ.update, {self.key_env: os.environ.get(self.key_env, "")})
-        with multiprocess.get_context(self.start_method).Pool(self.workers, start) as pool:
+        with multiprocess.get_context(self.start_method).Pool(self.workers, _KeyOfParent(self.key_env)) as pool:
             for _ in pool.imap_unordered(self._run_for_rank, range(self.tasks)):
                 pass
 
