@@ -31,8 +31,14 @@ _STAGES = {
     "think": _Stage(
         "megatron_ptrl.thinking.pipeline",
         "ThinkConfig",
-        "documents -> documents with generated thinking (TPT)",
+        "documents -> documents with generated thinking (TPT) -> .bin/.idx",
         extra="tpt",
+    ),
+    "assemble": _Stage(
+        "megatron_ptrl.thinking.assemble_stage", "AssembleConfig", "documents with their thinking -> .bin/.idx"
+    ),
+    "think_report": _Stage(
+        "megatron_ptrl.thinking.analysis", "ThinkReportConfig", "thinking -> a table and plots", positional="runs"
     ),
     "pretrain": _Stage(
         "megatron_ptrl.training.pretrain", "PretrainConfig", ".bin/.idx -> checkpoints, metrics, plots", trains=True
@@ -103,7 +109,7 @@ def _prepare_for_training() -> None:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {stage.help}" for name, stage in _STAGES.items()]
+    lines = [f"  {name:<12} {stage.help}" for name, stage in _STAGES.items()]
     return "\n".join(["usage: ptrl STAGE [--config FILE] [--field value ...]", "", *lines, "", "ptrl STAGE --help"])
 
 

@@ -9,8 +9,9 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from stub_llm_server import StubServer
-from thoughts import rejects, think_config, thoughts
+from think_runs import rejects, think_config, thoughts
 
 from megatron_ptrl.__main__ import main
 from megatron_ptrl.data.tokenizer import Tokenizer, train_tokenizer
@@ -26,7 +27,7 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"text": "one document", "domain": "maths"}\n')
     with StubServer(tmp_path / "log") as server:
         arguments = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--servers", server.url]
-        assert main(["think", *arguments]) == 0
+        assert main(["think", *arguments, "--assemble.vocab_size", "300", "--assemble.filters.languages", "[]"]) == 0
     assert f"{tmp_path / 'out'}: 1 thoughts in 1 parts, rejected: none" in capsys.readouterr().out
     (line,) = (tmp_path / "out" / "thoughts" / "00000.jsonl").read_bytes().splitlines()
     thought = Thought.from_json(line, "here")
@@ -35,6 +36,9 @@ def test_the_command(tmp_path, capsys):
     assert thought.thinking.startswith("Let me think.") and thought.thinking.endswith("é東")
     assert (thought.model, thought.finish_reason, thought.thinking_tokens) == ("stub", "stop", 7)
     assert thought.seed == seed_of(0, "in.jsonl:1") and thought.prompt.startswith("default@")
+    dataset = IndexedDataset(str(tmp_path / "out" / "train"))
+    tokenizer = Tokenizer(tmp_path / "out" / "train.tokenizer.json")
+    assert tokenizer.decode(dataset[0][:-1]) == f"one document\n\n<think>{thought.thinking}</think>"
     assert main(["think", "--input", "x.jsonl"]) == 2
     assert "output is empty" in capsys.readouterr().err
 

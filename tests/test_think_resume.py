@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from stub_llm_server import StubServer
-from thoughts import contents, rejects, think_config, thoughts, write_corpus
+from think_runs import contents, rejects, think_config, thoughts, write_corpus
 
 from megatron_ptrl.config import SamplingConfig, ThinkConfig
 from megatron_ptrl.errors import InputError

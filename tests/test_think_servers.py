@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from stub_llm_server import StubServer
-from thoughts import rejects, think_config, thoughts, write_corpus
+from think_runs import rejects, think_config, thoughts, write_corpus
 
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.thinking.generators import GeneratorUnusable

@@ -16,7 +16,7 @@ import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ptrl.config import TokenizeConfig
-from megatron_ptrl.data import corpus, tokenize_stage
+from megatron_ptrl.data import corpus, indexed_output, tokenize_stage
 from megatron_ptrl.data.indexed import read_meta
 from megatron_ptrl.data.tokenize_stage import run
 from megatron_ptrl.data.tokenizer import Tokenizer
@@ -333,7 +333,7 @@ def test_killed_run_leaves_no_pair_and_is_repeated_by_the_same_command(trained, 
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("suffix", tokenize_stage.PUBLISHED)
+@pytest.mark.parametrize("suffix", indexed_output.PUBLISHED)
 def test_no_index_beside_another_runs_tokens(suffix, trained, tmp_path, monkeypatch):
     """Killed before any of the renames that replace an earlier pair, a run leaves no index at all."""
     config = TokenizeConfig(
@@ -349,7 +349,7 @@ def test_no_index_beside_another_runs_tokens(suffix, trained, tmp_path, monkeypa
             raise KeyboardInterrupt
         Path(source).rename(target)
 
-    monkeypatch.setattr(tokenize_stage.os, "replace", killed)
+    monkeypatch.setattr(indexed_output.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     assert not (tmp_path / "a.idx").exists()

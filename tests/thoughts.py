@@ -1,51 +1,51 @@
-"""Corpora for `ptrl think`, its settings at a test's pace, and what it wrote."""
+"""Thinking as `ptrl think` writes it, without a generator."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
-from megatron_ptrl.config import ExecutorConfig, ServerConfig, ThinkConfig
+from megatron_ptrl.records import Thought
+
+WORDS = (
+    "the of and to is that in it for this with on as are by we can so if or not but then number value sum result list "
+    "function argument case step first next because consider means follows shows compare small large even odd"
+).split()
 
 
-def write_corpus(path: Path, count: int, *, first: int = 0, poison: int | None = None) -> Path:
-    """Documents whose first word is their id, which the stub server logs; number `poison` fails there every time."""
-    with path.open("w", encoding="utf-8") as stream:
-        for i in range(first, first + count):
-            name = f"poison{i}" if i == poison else f"d{i}"
-            record = {"id": name, "text": f"{name} " + "some words " * (i % 7), "domain": ("maths", "law")[i % 2]}
-            stream.write(json.dumps(record) + "\n")
+def prose(seed: int, words: int) -> str:
+    """English-like sentences that repeat no more than English does."""
+    chosen = random.Random(seed)
+    sentence = [chosen.choice(WORDS) + (f" {chosen.randrange(10**6)}" if i % 7 == 6 else "") for i in range(words)]
+    return " ".join(sentence).capitalize() + "."
+
+
+def thought(seed: int, **changed: Any) -> Thought:
+    """A document of 20 to 99 words with thinking of 60 to 179."""
+    values: dict[str, Any] = {
+        "id": f"part-0/{seed}",
+        "text": prose(seed, 20 + seed % 80),
+        "metadata": {"domain": ("mathematics", "law", "biology")[seed % 3]},
+        "thinking": prose(10_000 + seed, 60 + 7 * seed % 120),
+        "model": "a-model",
+        "prompt": "default",
+        "finish_reason": "stop",
+        "prompt_tokens": 100,
+        "thinking_tokens": 150,
+        "seed": seed,
+    }
+    return Thought(**(values | changed))
+
+
+def write_thoughts(path: Path, thoughts: list[Thought | str]) -> Path:
+    """A line each; a string is written as it is."""
+    lines = [item if isinstance(item, str) else item.to_line().decode() for item in thoughts]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
 
-def think_config(inputs: list[Path], output: Path, urls: list[str], **changed: Any) -> ThinkConfig:
-    """Settings that retry within milliseconds; keyword arguments go to whichever part of the settings has the field."""
-    server: dict[str, Any] = {"model": "m", "backoff": 0.01, "timeout": 1.0, "patience": 30.0, "in_flight": 8}
-    parts = {"server": ServerConfig, "executor": ExecutorConfig}
-    given: dict[str, dict[str, Any]] = {"server": server, "executor": {}}
-    for part, kind in parts.items():
-        given[part] |= {name: changed.pop(name) for name in list(changed) if name in kind.__dataclass_fields__}
-    return ThinkConfig(
-        input=[str(path) for path in inputs],
-        output=str(output),
-        servers=urls,
-        **{part: kind(**given[part]) for part, kind in parts.items()},
-        **changed,
-    )
-
-
-def read_lines(folder: Path, pattern: str) -> list[dict[str, Any]]:
-    """The objects of all files, in order."""
-    return [json.loads(line) for path in sorted(folder.glob(pattern)) for line in path.open(encoding="utf-8")]
-
-
-def thoughts(output: Path) -> list[dict[str, Any]]:
-    return read_lines(output, "thoughts/*.jsonl")
-
-
-def rejects(output: Path) -> list[dict[str, Any]]:
-    return read_lines(output, "rejects/*.jsonl")
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    """Thoughts and rejects by file name."""
-    return {path.name: path.read_bytes() for kind in ("thoughts", "rejects") for path in (output / kind).glob("*")}
+def rejected(path: str) -> list[tuple[str | None, str]]:
+    """(id, reason) of every line of a rejects file."""
+    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [(record["id"], record["reason"]) for record in records]

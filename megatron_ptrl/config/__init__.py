@@ -4,6 +4,7 @@ Sizes are in tokens or samples, times in seconds, loss terms in nats. A field na
 `TransformerConfig` means the same thing.
 """
 
+from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig, ThinkReportConfig
 from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
 from megatron_ptrl.config.model import ModelConfig, ParallelConfig
 from megatron_ptrl.config.pretrain import (
@@ -23,6 +24,7 @@ from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfi
 __all__ = [
     "DEFAULT_CHUNK_TOKENS",
     "DEFAULT_TOP_K",
+    "AssembleConfig",
     "CheckpointConfig",
     "DataConfig",
     "DoctorConfig",
@@ -42,6 +44,8 @@ __all__ = [
     "SelectConfig",
     "ServerConfig",
     "ThinkConfig",
+    "ThinkReportConfig",
+    "ThinkingFilterConfig",
     "TokenizeConfig",
     "TrainConfig",
 ]

@@ -150,7 +150,7 @@ def _read_file(
     if suffixes[-1] == ".parquet":
         yield from _read_parquet(name, raw, size, text_field, rejects, with_fields)
         return
-    with _uncompressed(name, raw) as stream:
+    with uncompressed(name, raw) as stream:
         if ".txt" in suffixes[-2:]:
             for document in _read_txt(name, stream, rejects):
                 yield document, size
@@ -159,7 +159,8 @@ def _read_file(
                 yield document, raw.tell()
 
 
-def _uncompressed(name: str, raw: IO[bytes]) -> IO[bytes]:
+def uncompressed(name: str, raw: IO[bytes]) -> IO[bytes]:
+    """`raw`, or what it holds when `name` ends in .gz or .zst."""
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if name.endswith(".zst"):

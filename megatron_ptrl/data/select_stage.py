@@ -16,9 +16,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_ptrl.config import DataConfig, SelectConfig
 from megatron_ptrl.data.indexed import open_indexed, resolve_tokenizer
+from megatron_ptrl.data.indexed_output import PUBLISHED
 from megatron_ptrl.data.parts import Part
 from megatron_ptrl.data.sidecar import SideCar
-from megatron_ptrl.data.tokenize_stage import PUBLISHED
 from megatron_ptrl.errors import InputError
 
 

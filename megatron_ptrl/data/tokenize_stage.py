@@ -3,31 +3,31 @@
     corpus.read_documents  ->  batches of texts  ->  Tokenizer.encode_batch, in `workers` processes
                            ->  Megatron-Core's IndexedDatasetBuilder, in the order of the input
 
-Everything is written under PREFIX.*.tmp and renamed at the end, the index last: a `.idx` that exists belongs to a
-complete `.bin`. A run that was killed is repeated by the same command, which starts over.
+The files are complete or absent, as `indexed_output` says.
 """
 
 import itertools
 import json
-import multiprocessing
-import os
 import shutil
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 import numpy
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from tqdm import tqdm
 
 from megatron_ptrl.config import TokenizeConfig
 from megatron_ptrl.data.corpus import Rejects, find_files, read_documents
 from megatron_ptrl.data.indexed import IndexedMeta
+from megatron_ptrl.data.indexed_output import (
+    REJECTS,
+    Progress,
+    count_text,
+    in_order,
+    prepare_output,
+    publish,
+    publish_rejects,
+)
 from megatron_ptrl.data.tokenizer import Tokenizer, encode_in_worker, start_worker, train_tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.records import Document
@@ -37,9 +37,6 @@ BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
 # Merges hardly change beyond this much text, and the trainer holds every distinct word in memory.
 TRAIN_CHARACTERS = 1 << 29
-# The order in which finished files get their final names.
-PUBLISHED = (".tokenizer.json", ".json", ".bin", ".idx")
-SECONDS_BETWEEN_LINES = 10.0
 
 Encoded = tuple[numpy.ndarray, numpy.ndarray]
 
@@ -51,8 +48,7 @@ def run(config: TokenizeConfig) -> None:
     Raises InputError for bad input, a corpus without a document, or with `strict` the first bad record.
     """
     files = find_files(config.input, config.output)
-    _prepare_output(config.output, files)
-    temporary = {suffix: Path(config.output + suffix + ".tmp") for suffix in (*PUBLISHED, ".rejects.jsonl")}
+    temporary = prepare_output(config.output, files)
 
     if config.tokenizer:
         Tokenizer(config.tokenizer, config.eod_token)
@@ -61,41 +57,23 @@ def run(config: TokenizeConfig) -> None:
         _train(config, files, temporary)
     tokenizer = Tokenizer(temporary[".tokenizer.json"], config.eod_token)
 
-    with Rejects(temporary[".rejects.jsonl"], config.strict) as rejects, _Progress("tokenize", files) as progress:
+    with Rejects(temporary[REJECTS], config.strict) as rejects, Progress("tokenize", files) as progress:
         documents = read_documents(files, config.text_field, rejects, progress)
         meta, text_bytes = _write_indexed(documents, tokenizer, rejects, config, progress, temporary)
-    _publish_rejects(config, meta.documents, temporary[".rejects.jsonl"], meta.rejected)
+    _publish_rejects(config, meta.documents, temporary[REJECTS], meta.rejected)
     temporary[".json"].write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
-    # Without its index the pair of an earlier run no longer counts, so a kill between two renames mixes nothing.
-    Path(config.output + ".idx").unlink(missing_ok=True)
-    for suffix in PUBLISHED:
-        os.replace(temporary[suffix], config.output + suffix)
+    publish(config.output, temporary)
     print(
         f"{config.output}: {meta.documents:,} documents, {meta.tokens:,} tokens ({meta.dtype}), "
         f"{text_bytes / meta.tokens:.2f} bytes/token, vocabulary {meta.vocab_size:,}, "
-        f"rejected: {_counts(meta.rejected) or 'none'}"
+        f"rejected: {count_text(meta.rejected)}"
     )
-
-
-def _prepare_output(output: str, files: list[Path]) -> None:
-    if not output or output.endswith(os.sep) or Path(output).is_dir():
-        raise InputError(
-            f"output is {output!r}; expected a prefix such as data/corpus, to which .bin and .idx are added"
-        )
-    written = {os.path.realpath(output + suffix) for suffix in (*PUBLISHED, ".rejects.jsonl")}
-    for file in files:
-        if os.path.realpath(file) in written:
-            raise InputError(f"output {output} would overwrite the input {file}; choose another prefix")
-    try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {output}: {error.strerror}: {error.filename}") from error
 
 
 def _train(config: TokenizeConfig, files: list[Path], temporary: dict[str, Path]) -> None:
     with (
-        Rejects(temporary[".rejects.jsonl"], config.strict) as rejects,
-        _Progress("train tokenizer", files) as progress,
+        Rejects(temporary[REJECTS], config.strict) as rejects,
+        Progress("train tokenizer", files) as progress,
     ):
         documents = read_documents(files, config.text_field, rejects, progress)
         first = next(documents, None)
@@ -103,7 +81,7 @@ def _train(config: TokenizeConfig, files: list[Path], temporary: dict[str, Path]
             texts = _training_texts(itertools.chain([first], documents))
             train_tokenizer(texts, temporary[".tokenizer.json"], config.vocab_size, config.eod_token)
     if first is None:
-        _publish_rejects(config, 0, temporary[".rejects.jsonl"], rejects.counts)
+        _publish_rejects(config, 0, temporary[REJECTS], rejects.counts)
 
 
 def _training_texts(documents: Iterable[Document]) -> Iterator[str]:
@@ -121,7 +99,7 @@ def _write_indexed(
     tokenizer: Tokenizer,
     rejects: Rejects,
     config: TokenizeConfig,
-    progress: "_Progress",
+    progress: Progress,
     temporary: dict[str, Path],
 ) -> tuple[IndexedMeta, int]:
     builder = IndexedDatasetBuilder(str(temporary[".bin"]), dtype=tokenizer.dtype)
@@ -184,73 +162,16 @@ def _encoded(
         for batch in _batches(documents):
             yield batch, tokenizer.encode_batch([document.text for document in batch])
         return
-    # Not forked from here, as this process has threads (torch's, the tokenizer's) whose locks a fork would copy; forked
-    # from a server, as a fresh start costs each worker the seconds that importing the package takes.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_ptrl.data.tokenizer"])
     identity = (tokenizer.path, tokenizer.eod_token)
-    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=identity) as pool:
-        # Two batches a worker keep all of them busy; more would only pile up when writing is the slow part.
-        ahead: deque[tuple[list[Document], Future[Encoded]]] = deque()
-        for batch in _batches(documents):
-            ahead.append((batch, pool.submit(encode_in_worker, [document.text for document in batch])))
-            if len(ahead) > 2 * workers:
-                batch, future = ahead.popleft()
-                yield batch, future.result()
-        for batch, future in ahead:
-            yield batch, future.result()
+    pairs = ((batch, [document.text for document in batch]) for batch in _batches(documents))
+    yield from in_order(pairs, encode_in_worker, workers, start_worker, identity)
 
 
 def _publish_rejects(config: TokenizeConfig, documents: int, temporary: Path, counts: Mapping[str, int]) -> None:
     """Give the rejects their final name; InputError when there was nothing else."""
-    path = Path(config.output + ".rejects.jsonl")
-    if counts:
-        os.replace(temporary, path)
-    else:
-        temporary.unlink()
-        path.unlink(missing_ok=True)
+    path = publish_rejects(config.output, temporary, counts)
     if not documents:
         raise InputError(
-            f"{', '.join(config.input)}: no document to tokenize; rejected: {_counts(counts) or 'none'}"
-            + (f", see {path}" if counts else "")
+            f"{', '.join(config.input)}: no document to tokenize; rejected: {count_text(counts)}"
+            + (f", see {path}" if path else "")
         )
-
-
-def _counts(rejected: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
-
-
-class _Progress:
-    """Bytes of input read so far: a bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, task: str, files: list[Path]) -> None:
-        self.tokens = 0
-        self._task = task
-        self._total = sum(file.stat().st_size for file in files)
-        self._start = self._last = time.monotonic()
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=self._total, desc=task, unit="B", unit_scale=True, disable=not terminal)
-        self._report: Callable[[int], None] = self._show_bar if terminal else self._print_line
-
-    def __call__(self, bytes_read: int) -> None:
-        self._report(bytes_read)
-
-    def _show_bar(self, bytes_read: int) -> None:
-        if self.tokens:
-            rate = self.tokens / (time.monotonic() - self._start)
-            self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        self._bar.update(bytes_read - self._bar.n)
-
-    def _print_line(self, bytes_read: int) -> None:
-        now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES:
-            return
-        self._last = now
-        rate = f", {self.tokens / (now - self._start):,.0f} tokens/s" if self.tokens else ""
-        print(f"{self._task}: {bytes_read / max(self._total, 1):.1%} of {self._total / 1e6:,.1f} MB{rate}", flush=True)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._bar.close()

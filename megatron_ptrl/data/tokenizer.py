@@ -22,6 +22,8 @@ import tokenizers
 from megatron_ptrl.errors import InputError
 
 DEFAULT_EOD = "<|endoftext|>"
+# Prose has four to five.
+CHARACTERS_PER_TOKEN = 6
 
 
 class Tokenizer:
@@ -73,6 +75,21 @@ class Tokenizer:
         lengths = numpy.array([len(ids) for ids in encoded], dtype=numpy.int64)
         return numpy.fromiter(itertools.chain.from_iterable(encoded), dtype=self.dtype), lengths
 
+    def end_of_tokens(self, text: str, tokens: int, begin: int = 0) -> int:
+        """Character of `text` at which the first `tokens` tokens from `begin` on end; len(text) when it has no more.
+
+        At least one character further, and never within one, so an emoji of four tokens can be one too many.
+        Cost: tokenizes no more than a few times as much as it finds.
+        """
+        characters = CHARACTERS_PER_TOKEN * tokens
+        while True:
+            offsets = self._tokenizer.encode(text[begin : begin + characters], add_special_tokens=False).offsets
+            if len(offsets) > tokens:
+                return begin + max(min(offsets[tokens - 1][1], offsets[tokens][0]), 1)
+            if begin + characters >= len(text):
+                return len(text)
+            characters *= 2
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are spelled out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -104,12 +121,13 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, eod_token
 _worker_tokenizer: Tokenizer
 
 
-def start_worker(path: str, eod_token: str) -> None:
-    """Initialise a process that encodes: one thread each, gone when its parent is."""
+def start_worker(path: str, eod_token: str) -> Tokenizer:
+    """Initialise a process that encodes: one thread each, gone when its parent is. Returns its tokenizer."""
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = Tokenizer(path, eod_token)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    return _worker_tokenizer
 
 
 def _exit_with_parent() -> None:

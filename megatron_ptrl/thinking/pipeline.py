@@ -2,6 +2,7 @@
 
     list_inputs  ->  parts of about as many megabytes  ->  datatrove's executor, a share of the parts for each task
                  ->  generate_stage, one part after the other
+                 ->  assemble_stage, when all parts are there
 
 OUTPUT/plan.json says which corpus and settings the output belongs to. The same command continues after a kill, and does
 nothing where all is done; another corpus or other settings are refused, since what they would give is something else.
@@ -15,7 +16,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ Part = tuple[InputFile, ...]
 
 
 def run(config: ThinkConfig) -> None:
-    """Write the thoughts of `config.input` to `config.output`; prints a summary.
+    """Write the thoughts of `config.input`, and the training set of them, to `config.output`; prints a summary.
 
     Raises InputError for bad input, and GeneratorUnusable when no request can succeed; what is done is kept.
     """
@@ -58,6 +59,21 @@ def run(config: ThinkConfig) -> None:
         return
     counts = sum((Journal(output, number).counts() for number in range(len(parts))), Counter())
     print(f"{output}: {counts.pop('thoughts', 0):,} thoughts in {len(parts):,} parts, rejected: {_told(counts)}")
+    if config.then_assemble:
+        _assemble(config, output)
+
+
+def _assemble(config: ThinkConfig, output: Path) -> None:
+    from megatron_ptrl.thinking import assemble_stage
+
+    assemble_stage.run(
+        replace(
+            config.assemble,
+            input=[str(output / "thoughts")],
+            output=str(output / "train"),
+            tokenizer=config.assemble.tokenizer or config.tokenizer,
+        )
+    )
 
 
 def _told(rejected: Counter[str]) -> str:
