@@ -4,17 +4,22 @@ import json
 import multiprocessing
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stub_llm_server import StubServer
 from think_runs import contents, rejects, think_config, thoughts, write_corpus
 
-from megatron_ptrl.config import SamplingConfig, ThinkConfig
+from megatron_ptrl.config import AssembleConfig, SamplingConfig, ThinkConfig, ThinkingFilterConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.thinking.journal import Journal
 from megatron_ptrl.thinking.pipeline import run
 
 DOCUMENTS = 90
+ASSEMBLED: dict[str, Any] = {
+    "then_assemble": True,
+    "assemble": AssembleConfig(vocab_size=300, filters=ThinkingFilterConfig(languages=[])),
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def corpus(tmp_path_factory) -> Path:
 def undisturbed(corpus, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed")
     with StubServer(folder / "log", "--fault", "400", "--every", "100000") as server:
-        run(think_config([corpus], folder / "out", [server.url], part_megabytes=0.004))
+        run(think_config([corpus], folder / "out", [server.url], part_megabytes=0.004, **ASSEMBLED))
     assert len(thoughts(folder / "out")) == DOCUMENTS - 1 and len(rejects(folder / "out")) == 4
     return contents(folder / "out")
 
@@ -52,14 +57,21 @@ def test_killed_at_several_points(workers, corpus, undisturbed, tmp_path):
     log = tmp_path / "log"
     with StubServer(log, "--latency", "0.02", "--fault", "400", "--every", "100000") as server:
         config = think_config(
-            [corpus], tmp_path / "out", [server.url], part_megabytes=0.004, in_flight=4, tasks=workers, workers=workers
+            [corpus],
+            tmp_path / "out",
+            [server.url],
+            part_megabytes=0.004,
+            in_flight=4,
+            tasks=workers,
+            workers=workers,
+            **ASSEMBLED,
         )
         points = (1, 20, 33, 70)
         for answered in points:
             kill_when(config, log, answered)
         run(config)
     asked = server.answered()
-    assert contents(tmp_path / "out") == undisturbed
+    assert contents(tmp_path / "out") == undisturbed and {"train.bin", "train.idx", "train.json"} < set(undisturbed)
     assert set(asked) == {f"d{i}" for i in range(DOCUMENTS) if i != 40}
     in_flight = 4 * workers
     assert len(asked) <= DOCUMENTS - 1 + len(points) * in_flight

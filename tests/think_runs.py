@@ -19,7 +19,8 @@ def write_corpus(path: Path, count: int, *, first: int = 0, poison: int | None =
 
 def think_config(inputs: list[Path], output: Path, urls: list[str], **changed: Any) -> ThinkConfig:
     """Settings that retry within milliseconds; keyword arguments go to whichever part of the settings has the field."""
-    server: dict[str, Any] = {"model": "m", "backoff": 0.01, "timeout": 1.0, "patience": 30.0, "in_flight": 8}
+    changed = {"then_assemble": False} | changed
+    server: dict[str, Any] = {"model": "m", "backoff": 0.01, "timeout": 60.0, "patience": 120.0, "in_flight": 8}
     parts = {"server": ServerConfig, "executor": ExecutorConfig}
     given: dict[str, dict[str, Any]] = {"server": server, "executor": {}}
     for part, kind in parts.items():
@@ -28,7 +29,6 @@ def think_config(inputs: list[Path], output: Path, urls: list[str], **changed: A
         input=[str(path) for path in inputs],
         output=str(output),
         servers=urls,
-        then_assemble=False,
         **{part: kind(**given[part]) for part, kind in parts.items()},
         **changed,
     )
@@ -48,5 +48,7 @@ def rejects(output: Path) -> list[dict[str, Any]]:
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """Thoughts and rejects by file name."""
-    return {path.name: path.read_bytes() for kind in ("thoughts", "rejects") for path in (output / kind).glob("*")}
+    """Thoughts, rejects and training set by file name."""
+    folders = (output / "thoughts", output / "rejects", output)
+    files = [path for folder in folders for path in folder.glob("*") if path.is_file() and path.name != "plan.json"]
+    return {path.name: path.read_bytes() for path in files}
