@@ -158,18 +158,22 @@ def test_truncated_thinking_is_closed_when_it_is_kept(tokenizer, tmp_path):
 
 
 def test_every_kind_of_line_is_either_trained_on_or_rejected(tokenizer, tmp_path):
-    good, large = thought(1), thought(2, text=prose(5, 2_000_000))
-    bad = [
+    good, large = thought(1), thought(2, text=prose(5, 200_000) * 10)
+    line = thought(3).to_line().decode()
+    lines = [
         "{broken",
         "[" * 100_000,
         "{}",
         json.dumps({"id": "unknown field", "colour": 1}),
-        thought(1).to_json().replace('"thinking": "', '"thinking": 7, "x": "'),
-        thought(3, text="\ud800").to_json().encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass"),
+        line.replace('"thinking": "', '"thinking": 7, "x": "'),
+        json.dumps(json.loads(line) | {"thinking": ["a", "list"]}),
+        thought(3, text="\ud800").to_line().decode(),
+        "",
+        "  ",
+        good.to_line().decode(),
     ]
     folder = tmp_path / "thoughts"
     folder.mkdir()
-    lines = [*bad[:5], json.dumps(json.loads(thought(3).to_json()) | {"text": "\ud800"}), "", "  ", good.to_json()]
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(("\n".join(lines)).encode()))
     write_thoughts(folder / "b.jsonl", [large])
     (folder / "c.jsonl").write_bytes(b'\xff{"id": 1}\n')
@@ -177,7 +181,7 @@ def test_every_kind_of_line_is_either_trained_on_or_rejected(tokenizer, tmp_path
     run(AssembleConfig(input=[str(folder)], output=prefix, tokenizer=tokenizer, workers=2))
     assert documents_of(prefix) == [whole(good), whole(large)]
     found = rejected(prefix + ".rejects.jsonl")
-    assert [reason for _, reason in found] == ["not_a_thought"] * 5 + ["bad_text", "not_a_thought"]
+    assert [reason for _, reason in found] == ["not_a_thought"] * 6 + ["bad_text", "not_a_thought"]
     assert found[3][0] == "unknown field" and found[0][0] is None
 
 

@@ -39,7 +39,7 @@ def thought(seed: int, **changed: Any) -> Thought:
 
 def write_thoughts(path: Path, thoughts: list[Thought | str]) -> Path:
     """A line each; a string is written as it is."""
-    lines = [item if isinstance(item, str) else item.to_json() for item in thoughts]
+    lines = [item if isinstance(item, str) else item.to_line().decode() for item in thoughts]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path

@@ -78,7 +78,7 @@ _SMOOTH_FROM = 50
 """A shorter run is drawn as it is: each of its steps can be seen."""
 
 # Any, because matplotlib 3.11 types the keys one by one and 3.8 not at all.
-_STYLE: Any = {
+STYLE: Any = {
     "figure.dpi": 150,
     "font.size": 10,
     "axes.grid": True,
@@ -93,7 +93,7 @@ _STYLE: Any = {
 }
 
 # Okabe and Ito's palette without its yellow, which is lost on white: told apart with any colour vision.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _LINES = ("-", "--", ":")
 _MARKER: dict[str, Any] = {"marker": "o", "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.8}
 
@@ -138,7 +138,7 @@ def _draw_all(labelled: dict[str, RunMetrics], output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     written = []
     # rc_context and Figure, not pyplot: a training script's own figures and backend stay as they are.
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         for name, panels in _PLOTS.items():
             panels = tuple(p for p in panels if any(_drawable(metrics, p) for metrics in labelled.values()))
             if panels:
@@ -244,7 +244,7 @@ def _draw(labelled: dict[str, RunMetrics], panels: tuple[_Panel, ...], unit: str
 
 def _look(run: int) -> dict[str, Any]:
     """Colour and line of the run of this number, alike in all plots."""
-    return {"color": _COLOURS[run % len(_COLOURS)], "linestyle": _LINES[run // len(_COLOURS) % len(_LINES)]}
+    return {"color": COLOURS[run % len(COLOURS)], "linestyle": _LINES[run // len(COLOURS) % len(_LINES)]}
 
 
 def _weight_shares(metrics: RunMetrics) -> list[float]:
