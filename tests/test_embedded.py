@@ -149,8 +149,16 @@ def test_ptrl_think_writes_what_the_embedded_generator_says(ranks, trained, tmp_
     documents.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(TEXTS)))
     template.write_text("{{CONTEXT}}\n\n<think>")
     words = ["--input", documents, "--output", tmp_path / "thought", "--prompt", template, "--generator", "embedded"]
-    words += ["--checkpoint", trained["run_dir"], "--sampling.max_tokens", 9, "--sampling.temperature", 0]
-    command = [sys.executable, "-m", "megatron_ptrl", "think", *map(str, words)]
+    words += [
+        "--checkpoint",
+        trained["run_dir"],
+        "--sampling.max_tokens",
+        9,
+        "--sampling.temperature",
+        0,
+        "--then_assemble=false",
+    ]
+    command = [sys.executable, "-m", "megatron_ptrl", "think", "--then_assemble=false", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = (tmp_path / "thought" / "thoughts").glob("*.jsonl")

@@ -30,7 +30,8 @@ def test_it_runs_from_seeds_to_a_table_and_a_plot(tmp_path: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (tmp_path / "table.md").open()]
+    table = (tmp_path / "table.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert rows[0] == ["", "seeds", "directly", "after thinking", "CE documents", "CE totals"]
     assert [row[:2] for row in rows[2:]] == [["vanilla", "1"], ["TPT", "1"]]
     assert rows[2][4:] != rows[3][4:] and all(float(cell) > 0 for row in rows[2:] for cell in row[4:])

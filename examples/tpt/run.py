@@ -1,6 +1,6 @@
 """TPT (arXiv:2509.20186) at toy size: the same documents, as they are and with the thinking that they call for.
 
-    make_data -> think, against think_server.py -> assemble -> pretrain by each method, over seeds -> compare
+    make_data -> think, against think_server.py -> pretrain by each method, over seeds -> compare
 
     python examples/tpt/run.py [--work_dir .tpt] [--seeds 3] [--small]
 
@@ -54,10 +54,7 @@ class Example:
             run([*PTRL, "tokenize", *source, "--output", documents])
         with think_server() as url:
             source = ["--input", f"{documents}.jsonl", "--tokenizer", tokenizer, "--servers", url]
-            run([*PTRL, "think", *source, "--output", thought])
-        if not (thought / "train.idx").exists():
-            source = ["--input", thought / "thoughts", "--tokenizer", tokenizer, "--workers", CORES]
-            run([*PTRL, "assemble", *source, "--output", thought / "train"])
+            run([*PTRL, "think", *source, "--assemble.workers", CORES, "--output", thought])
 
         prefixes = {"vanilla": documents, "TPT": thought / "train"}
         tokens = {name: count_tokens(prefix) for name, prefix in prefixes.items()}
