@@ -130,18 +130,21 @@ def run_side(arguments: argparse.Namespace) -> dict[str, float]:
         def work() -> None:
             run(config)
 
-    with PeakMemory() as memory:
+    with Watch() as watch:
         start = time.perf_counter()
         work()
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "memory": memory.peak}
+    # The workers are gone by now, and were children of a server, so only the watch has seen what they took.
+    return {"seconds": seconds, "cpu_seconds": watch.cpu_seconds, "memory": watch.peak}
 
 
-class PeakMemory:
-    """The most resident memory, in MB, of this process and all its workers together, looked at every 50 ms."""
+class Watch:
+    """The most resident memory, in MB, of this process and all its workers together, and the processor's time that
+    they took, in seconds, both looked at every 50 ms."""
 
     def __init__(self) -> None:
         self.peak = 0.0
+        self._seconds: dict[int, tuple[float, float]] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -153,9 +156,16 @@ class PeakMemory:
             for process in [me, *me.children(recursive=True)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     resident += process.memory_info().rss
+                    now = sum(process.cpu_times()[:2])
+                    before, _ = self._seconds.get(process.pid, (now if process is me else 0.0, 0.0))
+                    self._seconds[process.pid] = (before, now)
             self.peak = max(self.peak, resident / 1e6)
 
-    def __enter__(self) -> "PeakMemory":
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(now - before for before, now in self._seconds.values())
+
+    def __enter__(self) -> "Watch":
         self._thread.start()
         return self
 
@@ -193,7 +203,7 @@ def assert_same_tokens(folder: Path) -> None:
 
 
 def report(arguments: argparse.Namespace, megabytes: float, rounds: dict[str, list[dict[str, float]]]) -> None:
-    """The table: rate, how it compares, peak memory."""
+    """The table: rate, how it compares, what it took of the processors, peak memory."""
     from megatron_ptrl.training.runlog import environment
 
     about = environment()
@@ -201,12 +211,13 @@ def report(arguments: argparse.Namespace, megabytes: float, rounds: dict[str, li
     print(f"# {about['machine']}, {about['cores']} cores, commit {about['commit']}")
     print("# " + ", ".join(f"{name} {value}" for name, value in setting.items()))
     medians = {side: statistics.median(result["seconds"] for result in results) for side, results in rounds.items()}
-    print(f"{'':<30}{'MB/s':>8}{'ms a MB':>9}{'ratio':>7}{'peak MB':>9}")
+    print(f"{'':<30}{'MB/s':>8}{'ms a MB':>9}{'ratio':>7}{'CPU ms a MB':>13}{'peak MB':>9}")
     for side, seconds in medians.items():
+        cpu = statistics.median(result["cpu_seconds"] for result in rounds[side])
         memory = max(result["memory"] for result in rounds[side])
         print(
             f"{side:<30}{megabytes / seconds:>8.2f}{seconds / megabytes * 1e3:>9.1f}{medians[LOOP] / seconds:>7.2f}"
-            f"{memory:>9.0f}"
+            f"{cpu / megabytes * 1e3:>13.1f}{memory:>9.0f}"
         )
     if arguments.output:
         result = {"setting": setting, "environment": about, "megabytes": megabytes, "rounds": rounds}

@@ -27,7 +27,7 @@ SMALL_WORDS = {
     "fr": "le la les des et est une dans que qui pour pas sur du par au avec ce il nous cette sont ou mais comme",
     "es": "el la los las de que en es una por con para del al lo como más pero esto este son también y hay ser puede",
     "it": "il la di che è un una per non con del della sono dei come questo gli più anche nel alla quindi può essere",
-    "pt": "de que em um uma para com não da por na dos mais como isso são ao também mas é ou pelo pela seu sua ser pode",
+    "pt": "de que em um uma para com não da por na dos mais como isso são ao também mas é ou pelo pela seu sua ser",
     "nl": "de het een van en dat niet op te zijn met voor die er aan ook als bij wordt om dit maar door deze kan",
 }
 
