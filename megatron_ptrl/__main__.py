@@ -31,7 +31,7 @@ _STAGES = {
     "think": _Stage(
         "megatron_ptrl.thinking.pipeline",
         "ThinkConfig",
-        "documents -> documents with generated thinking (TPT)",
+        "documents -> documents with generated thinking (TPT) -> .bin/.idx",
         extra="tpt",
     ),
     "assemble": _Stage(

@@ -2,17 +2,51 @@
 
     python stub_llm_server.py LOG [--port 0] [--fault NAME] [--every 5] [--latency 0.002]
 
-It prints its port, then appends to LOG the id of each document that it answers with thinking; a document says its id in
-its first word. What it writes is a function of the prompt and the seed.
+`StubServer` starts one from a test. It prints its port, then appends to LOG the id of each document that it answers
+with thinking; a document says its id in its first word. What it writes is a function of the prompt and the seed.
 """
 
 import argparse
 import asyncio
 import hashlib
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
 
-STATUS = {"429": 429, "500": 500, "503": 503, "400": 400, "401": 401}
+STATUS = {"429": 429, "500": 500, "503": 503, "400": 400, "401": 401, "404": 404}
 FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags")
+
+
+class StubServer:
+    """The server's process; a context."""
+
+    def __init__(self, log: Path, *flags: str) -> None:
+        self._log = log
+        command = [sys.executable, "-S", __file__, str(log), *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def answered(self) -> Sequence[str]:
+        """First words of the documents that were answered, in order."""
+        return self._log.read_text().split()
+
+    def kill(self) -> None:
+        """As a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> "StubServer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.kill()
+        assert self.process.stdout
+        self.process.stdout.close()
 
 
 def completion(body: dict, fault: str) -> dict:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from megatron_ptrl.config.assemble import AssembleConfig
 from megatron_ptrl.config.checks import require
 
 
@@ -104,7 +105,8 @@ class ThinkConfig:
     prompt_tokens: int = 2048
     """The prompt shows this much of the document, in tokens."""
     tokenizer: str | None = None
-    """tokenizer.json that counts the prompt's tokens; null counts 4 bytes as one."""
+    """tokenizer.json that counts the prompt's tokens and encodes the training set; null counts 4 bytes as one token,
+    and trains a vocabulary on the training set."""
     generator: str = "openai"
     """"openai" for servers."""
     servers: list[str] = field(default_factory=list)
@@ -116,10 +118,18 @@ class ThinkConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    then_assemble: bool = True
+    """Go on to OUTPUT/train.bin, .idx, as `ptrl assemble` does, once every part is there."""
+    assemble: AssembleConfig = field(default_factory=AssembleConfig)
+    """Its input and output follow from `output`; its tokenizer is `tokenizer` where it has none of its own."""
 
     def __post_init__(self) -> None:
         require(self.prompt_tokens >= 1, f"prompt_tokens is {self.prompt_tokens}; expected >= 1")
         require(self.part_megabytes > 0, f"part_megabytes is {self.part_megabytes}; expected > 0")
+        require(
+            not (self.assemble.input or self.assemble.output),
+            "assemble.input and assemble.output follow from output; set that, or use `ptrl assemble`",
+        )
         for url in self.servers:
             parts = urlsplit(url)
             require(parts.scheme in ("http", "https") and bool(parts.hostname), f"servers: {_bare(url)} is no URL")

@@ -2,6 +2,7 @@
 
     list_inputs  ->  parts of about as many megabytes  ->  datatrove's executor, a share of the parts for each task
                  ->  generate_stage, one part after the other
+                 ->  assemble_stage, when all parts are there
 
 OUTPUT/plan.json says which corpus and settings the output belongs to. The same command continues after a kill, and does
 nothing where all is done; another corpus or other settings are refused, since what they would give is something else.
@@ -15,7 +16,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ Part = tuple[InputFile, ...]
 
 
 def run(config: ThinkConfig) -> None:
-    """Write the thoughts of `config.input` to `config.output`; prints a summary.
+    """Write the thoughts of `config.input`, and the training set of them, to `config.output`; prints a summary.
 
     Raises InputError for bad input, and GeneratorUnusable when no request can succeed; what is done is kept.
     """
@@ -58,6 +59,21 @@ def run(config: ThinkConfig) -> None:
         return
     counts = sum((Journal(output, number).counts() for number in range(len(parts))), Counter())
     print(f"{output}: {counts.pop('thoughts', 0):,} thoughts in {len(parts):,} parts, rejected: {_told(counts)}")
+    if config.then_assemble:
+        _assemble(config, output)
+
+
+def _assemble(config: ThinkConfig, output: Path) -> None:
+    from megatron_ptrl.thinking import assemble_stage
+
+    assemble_stage.run(
+        replace(
+            config.assemble,
+            input=[str(output / "thoughts")],
+            output=str(output / "train"),
+            tokenizer=config.assemble.tokenizer or config.tokenizer,
+        )
+    )
 
 
 def _told(rejected: Counter[str]) -> str:
@@ -157,7 +173,14 @@ class ThinkStep(PipelineStep):
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[None]:
         """Do every `world_size`-th part that is left, from the `rank`-th; yields nothing."""
         _exit_with_parent()
-        asyncio.run(self._run(self._left[rank::world_size]))
+        failure = None
+        try:
+            asyncio.run(self._run(self._left[rank::world_size]))
+        except InputError as error:
+            # The frames it went through hold the API key, for whoever prints a traceback with its variables.
+            failure = error.with_traceback(None)
+        if failure is not None:
+            raise failure
         yield from ()
 
     async def _run(self, share: list[int]) -> None:
@@ -175,8 +198,20 @@ class ThinkStep(PipelineStep):
             await generator.close()
 
 
+class _KeyOfParent:
+    """Gives a process the key, which a forkserver's children lack if it was started earlier. Nothing prints it."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._key = name, os.environ.get(name, "")
+
+    def __call__(self) -> None:
+        os.environ[self._name] = self._key
+
+
 class _LocalExecutor(LocalPipelineExecutor):
     """Tasks in processes that are gone when this one is; datatrove's own keep a manager that outlives a SIGKILL."""
+
+    key_env: str
 
     def run(self) -> None:
         self.save_executor_as_json()
@@ -184,7 +219,7 @@ class _LocalExecutor(LocalPipelineExecutor):
             for rank in range(self.tasks):
                 self._run_for_rank(rank)
             return
-        with multiprocess.get_context(self.start_method).Pool(self.workers) as pool:
+        with multiprocess.get_context(self.start_method).Pool(self.workers, _KeyOfParent(self.key_env)) as pool:
             for _ in pool.imap_unordered(self._run_for_rank, range(self.tasks)):
                 pass
 
@@ -201,6 +236,7 @@ def _execute(config: ThinkConfig, parts: list[Part], left: list[int]) -> None:
         executor = _LocalExecutor(
             [step], tasks=tasks, workers=min(settings.workers, tasks), logging_dir=logs, skip_completed=False
         )
+        executor.key_env = config.server.api_key_env
     else:
         executor = SlurmPipelineExecutor(
             [step],

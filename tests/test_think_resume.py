@@ -1,0 +1,136 @@
+"""kill -9 and the same command again: nothing generated twice beyond what was in flight, the same bytes in the end."""
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stub_llm_server import StubServer
+from think_runs import contents, rejects, think_config, thoughts, write_corpus
+
+from megatron_ptrl.config import AssembleConfig, SamplingConfig, ThinkConfig, ThinkingFilterConfig
+from megatron_ptrl.errors import InputError
+from megatron_ptrl.thinking.journal import Journal
+from megatron_ptrl.thinking.pipeline import run
+
+DOCUMENTS = 90
+ASSEMBLED: dict[str, Any] = {
+    "then_assemble": True,
+    "assemble": AssembleConfig(vocab_size=300, filters=ThinkingFilterConfig(languages=[])),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(3):
+        path = write_corpus(folder / f"{number}.jsonl", DOCUMENTS // 3, first=number * DOCUMENTS // 3, poison=40)
+        with path.open("a") as stream:
+            stream.write("no json\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with StubServer(folder / "log", "--fault", "400", "--every", "100000") as server:
+        run(think_config([corpus], folder / "out", [server.url], part_megabytes=0.004, **ASSEMBLED))
+    assert len(thoughts(folder / "out")) == DOCUMENTS - 1 and len(rejects(folder / "out")) == 4
+    return contents(folder / "out")
+
+
+def kill_when(config: ThinkConfig, log: Path, answered: int) -> None:
+    """Run in a process of its own until that many documents are answered in all, then SIGKILL."""
+    process = multiprocessing.get_context("fork").Process(target=run, args=(config,))
+    process.start()
+    while len(log.read_text().split()) < answered:
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_several_points(workers, corpus, undisturbed, tmp_path):
+    log = tmp_path / "log"
+    with StubServer(log, "--latency", "0.02", "--fault", "400", "--every", "100000") as server:
+        config = think_config(
+            [corpus],
+            tmp_path / "out",
+            [server.url],
+            part_megabytes=0.004,
+            in_flight=4,
+            tasks=workers,
+            workers=workers,
+            **ASSEMBLED,
+        )
+        points = (1, 20, 33, 70)
+        for answered in points:
+            kill_when(config, log, answered)
+        run(config)
+    asked = server.answered()
+    assert contents(tmp_path / "out") == undisturbed and {"train.bin", "train.idx", "train.json"} < set(undisturbed)
+    assert set(asked) == {f"d{i}" for i in range(DOCUMENTS) if i != 40}
+    in_flight = 4 * workers
+    assert len(asked) <= DOCUMENTS - 1 + len(points) * in_flight
+    assert not list((tmp_path / "out" / "journal").glob("*[0-9].jsonl")) and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("tasks, workers, megabytes", [(3, 1, 0.004), (2, 2, 0.004), (5, 1, 1e-6)])
+def test_bytes_do_not_depend_on_tasks(tasks, workers, megabytes, corpus, undisturbed, tmp_path):
+    with StubServer(tmp_path / "log", "--fault", "400", "--every", "100000") as server:
+        config = think_config(
+            [corpus], tmp_path / "out", [server.url], part_megabytes=megabytes, tasks=tasks, workers=workers
+        )
+        run(config)
+        first = len(server.answered())
+        run(config)
+        assert len(server.answered()) == first == DOCUMENTS - 1
+    found = contents(tmp_path / "out")
+    for kind in ("generate", "0"):
+        names = [sorted(name for name in files if name.startswith(kind)) for files in (found, undisturbed)]
+        joined = [
+            b"".join(files[name] for name in some) for files, some in zip((found, undisturbed), names, strict=True)
+        ]
+        assert joined[0] == joined[1] != b""
+
+
+def test_a_torn_line_is_dropped(tmp_path):
+    with Journal(tmp_path, 0) as journal:
+        journal.add((0, 2), "rejects", b'{"id": "b", "reason": "bad_request"}')
+        journal.add((0, 1), "thoughts", b'{"id": "a"}')
+        journal.add((0, 3), "thoughts", b'{"id": "c"}')
+    path = tmp_path / "journal" / "00000.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    with Journal(tmp_path, 0) as journal:
+        assert journal.done == {(0, 1), (0, 2)} and not journal.is_finished
+        journal.add((0, 3), "thoughts", b'{"id": "again"}')
+        journal.publish()
+        assert journal.is_finished and journal.counts() == {"thoughts": 2, "bad_request": 1}
+    assert [thought["id"] for thought in thoughts(tmp_path)] == ["a", "again"]
+    assert [rejected["id"] for rejected in rejects(tmp_path)] == ["b"] and not path.exists()
+
+
+def test_two_processes_do_not_share_a_part(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_ptrl.thinking.journal.SECONDS_FOR_THE_LOCK", 0.05)
+    with Journal(tmp_path, 0):
+        with pytest.raises(InputError, match="another process is at it"):
+            Journal(tmp_path, 0).__enter__()
+
+
+def test_another_corpus_or_other_settings_are_refused(tmp_path):
+    source = write_corpus(tmp_path / "in.jsonl", 3)
+    out = tmp_path / "out"
+    with StubServer(tmp_path / "log") as server:
+        run(think_config([source], out, [server.url]))
+        before = contents(out)
+        for changed, named in (({"seed": 1}, "seed"), ({"sampling": SamplingConfig(top_p=0.5)}, "sampling")):
+            with pytest.raises(InputError, match=f"is of another {named}; remove it, or choose another output"):
+                run(think_config([source], out, [server.url], **changed))
+        with source.open("a") as stream:
+            stream.write(json.dumps({"text": "one more"}) + "\n")
+        with pytest.raises(InputError, match="is of another input"):
+            run(think_config([source], out, [server.url]))
+    assert contents(out) == before
