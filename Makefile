@@ -36,11 +36,13 @@ lint: .venv/.ready-dev ## Check style, format and types
 	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run -Werror csrc/* tests/cuda_emulation/*
 
-bench: .venv/.ready ## Measure the loss and a training step on this machine
+bench: .venv/.ready ## Measure the loss, a training step and the data stages on this machine
 	@$(BIN)/python benchmarks/loss.py
 	@$(BIN)/python benchmarks/linear_head.py
 	@$(BIN)/python benchmarks/training.py
 	@$(BIN)/python benchmarks/score.py
+	@$(BIN)/python benchmarks/data.py
+	@$(BIN)/python benchmarks/think_rate.py
 
 gpu: .venv/.ready-dev ## With a CUDA device: run the tests that need one, measure the loss on it
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'

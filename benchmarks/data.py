@@ -1,5 +1,5 @@
 """Assembling documents and their thinking against Megatron's own way to `.bin/.idx`: a loop over the tokenizer and the
-IndexedDatasetBuilder in one process, as its tools/preprocess_data.py has it, here with the tokenizer's bare Rust encode.
+IndexedDatasetBuilder in one process, as its tools/preprocess_data.py has it, but with the tokenizer's bare Rust encode.
 
     python benchmarks/data.py [--megabytes 64] [--workers 2] [--output FILE.json]
 
@@ -8,15 +8,16 @@ Each side runs in a process of its own, in turn, so that its peak memory is its 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -108,7 +109,7 @@ def measure(arguments: argparse.Namespace, side: str) -> dict[str, float]:
 
 
 def run_side(arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds without the imports, and the peak memory in MB of the process and of its largest worker."""
+    """Seconds without the imports, and the peak memory."""
     folder = arguments.folder
     if arguments.side == LOOP:
         work = import_loop(folder)
@@ -129,11 +130,48 @@ def run_side(arguments: argparse.Namespace) -> dict[str, float]:
         def work() -> None:
             run(config)
 
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-    own, child = (resource.getrusage(who).ru_maxrss / 1e3 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"seconds": seconds, "memory": own, "worker_memory": child}
+    with Watch() as watch:
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+    # The workers are gone by now, and were children of a server, so only the watch has seen what they took.
+    return {"seconds": seconds, "cpu_seconds": watch.cpu_seconds, "memory": watch.peak}
+
+
+class Watch:
+    """The most resident memory, in MB, of this process and all its workers together, and the processor's time that
+    they took, in seconds, both looked at every 50 ms."""
+
+    def __init__(self) -> None:
+        self.peak = 0.0
+        self._seconds: dict[int, tuple[float, float]] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        import psutil
+
+        while not self._done.wait(0.05):
+            me, resident = psutil.Process(), 0
+            for process in [me, *me.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    resident += process.memory_info().rss
+                    now = sum(process.cpu_times()[:2])
+                    before, _ = self._seconds.get(process.pid, (now if process is me else 0.0, 0.0))
+                    self._seconds[process.pid] = (before, now)
+            self.peak = max(self.peak, resident / 1e6)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(now - before for before, now in self._seconds.values())
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 def import_loop(folder: Path):
@@ -165,7 +203,7 @@ def assert_same_tokens(folder: Path) -> None:
 
 
 def report(arguments: argparse.Namespace, megabytes: float, rounds: dict[str, list[dict[str, float]]]) -> None:
-    """The table: rate, how it compares, peak memory."""
+    """The table: rate, how it compares, what it took of the processors, peak memory."""
     from megatron_ptrl.training.runlog import environment
 
     about = environment()
@@ -173,12 +211,13 @@ def report(arguments: argparse.Namespace, megabytes: float, rounds: dict[str, li
     print(f"# {about['machine']}, {about['cores']} cores, commit {about['commit']}")
     print("# " + ", ".join(f"{name} {value}" for name, value in setting.items()))
     medians = {side: statistics.median(result["seconds"] for result in results) for side, results in rounds.items()}
-    print(f"{'':<30}{'MB/s':>8}{'ms a MB':>9}{'ratio':>7}{'peak MB':>9}{'a worker':>10}")
+    print(f"{'':<30}{'MB/s':>8}{'ms a MB':>9}{'ratio':>7}{'CPU ms a MB':>13}{'peak MB':>9}")
     for side, seconds in medians.items():
-        memory, worker = (max(result[key] for result in rounds[side]) for key in ("memory", "worker_memory"))
+        cpu = statistics.median(result["cpu_seconds"] for result in rounds[side])
+        memory = max(result["memory"] for result in rounds[side])
         print(
             f"{side:<30}{megabytes / seconds:>8.2f}{seconds / megabytes * 1e3:>9.1f}{medians[LOOP] / seconds:>7.2f}"
-            f"{memory:>9.0f}{worker:>10.0f}"
+            f"{cpu / megabytes * 1e3:>13.1f}{memory:>9.0f}"
         )
     if arguments.output:
         result = {"setting": setting, "environment": about, "megabytes": megabytes, "rounds": rounds}

@@ -12,6 +12,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -95,7 +96,8 @@ class Stub:
         body = json.loads(content)
         word = body["messages"][-1]["content"].split()[0]
         self.requests += 1
-        await asyncio.sleep(self.latency)
+        # Not all the same, so that replies overtake each other.
+        await asyncio.sleep(self.latency * (1 + zlib.crc32(word.encode()) % 5))
         # "poison" documents fail every time, the others when it is their turn.
         fault = self.fault if self.fault and (word.startswith("poison") or self.requests % self.every == 0) else ""
         if fault == "drop":

@@ -225,7 +225,7 @@ def test_killed_at_any_time_and_repeated_by_the_same_command(single, tokenizer, 
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not {path.name for path in tmp_path.iterdir()} & {"train.bin", "train.idx", "train.json"}
-    subprocess.run(command, check=True, capture_output=True)
+    run(AssembleConfig(input=[str(source)], output=prefix, tokenizer=tokenizer))
     once, thrice = IndexedDataset(single), IndexedDataset(prefix)
     assert len(thrice) == 3 * len(once)
     bin_file = Path(single + ".bin").read_bytes()

@@ -69,15 +69,16 @@ def test_load_is_spread_and_a_dead_server_is_left_out(tmp_path):
 
 def test_a_server_that_is_killed_and_comes_back(tmp_path):
     source = write_corpus(tmp_path / "in.jsonl", 100)
-    server = StubServer(tmp_path / "log", "--latency", "0.02")
-    config = think_config([source], tmp_path / "out", [server.url], attempts=3)
+    server = StubServer(tmp_path / "log", "--latency", "0.004")
+    config = think_config([source], tmp_path / "out", [server.url], attempts=2, in_flight=2)
     thread = threading.Thread(target=run, args=(config,))
     with server:
         thread.start()
         while len(server.answered()) < 30:
             assert thread.is_alive()
             time.sleep(0.01)
-    time.sleep(0.5)
+    # Long enough for several attempts to be refused, which do not count.
+    time.sleep(2.5)
     with StubServer(tmp_path / "log", "--port", str(server.port)) as again:
         thread.join(timeout=60)
         assert not thread.is_alive()

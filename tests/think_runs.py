@@ -21,7 +21,7 @@ def think_config(inputs: list[Path], output: Path, urls: list[str], **changed: A
     """Settings that retry within milliseconds; keyword arguments go to whichever part of the settings has the field."""
     changed = {"then_assemble": False} | changed
     server: dict[str, Any] = {"model": "m", "backoff": 0.01, "timeout": 60.0, "patience": 120.0, "in_flight": 8}
-    parts = {"server": ServerConfig, "executor": ExecutorConfig}
+    parts: dict[str, Any] = {"server": ServerConfig, "executor": ExecutorConfig}
     given: dict[str, dict[str, Any]] = {"server": server, "executor": {}}
     for part, kind in parts.items():
         given[part] |= {name: changed.pop(name) for name in list(changed) if name in kind.__dataclass_fields__}

@@ -20,14 +20,15 @@ LETTERS = {
 }
 """Blocks of Unicode, as in a regular expression's character class."""
 
+# None that are names in code or English words as well: a page of Python is full of "os", "no", "as", "do" and "e".
 SMALL_WORDS = {
     "en": "the of and to is that in it for this with are as be so on which we what how by from not an or but can if",
-    "de": "der die das und ist nicht ein eine zu den mit von auf für sich des dem im auch es werden als wir wie wird",
-    "fr": "le la les des et est une dans que qui pour pas sur du par au avec ce il nous plus cette sont ou mais comme",
-    "es": "el la los las de y que en es una por con para del se no su al lo como más pero esto este son también",
-    "it": "il la di che e è un una per non in con del della sono si le dei come questo gli più anche nel alla ma",
-    "pt": "o a os as de e que em é um uma para com não do da se por no na dos mais como isso são ao também mas",
-    "nl": "de het een van en is dat niet in op te zijn met voor die er aan ook als bij wordt we om dit maar door",
+    "de": "der die das und ist nicht ein eine zu den mit von auf für sich des dem im auch es werden wir wie wird kann",
+    "fr": "le la les des et est une dans que qui pour pas sur du par au avec ce il nous cette sont ou mais comme",
+    "es": "el la los las de que en es una por con para del al lo como más pero esto este son también y hay ser puede",
+    "it": "il la di che è un una per non con del della sono dei come questo gli più anche nel alla quindi può essere",
+    "pt": "de que em um uma para com não da por na dos mais como isso são ao também mas é ou pelo pela seu sua ser",
+    "nl": "de het een van en dat niet op te zijn met voor die er aan ook als bij wordt om dit maar door deze kan",
 }
 
 # An ideograph or syllable says as much as this many letters of an alphabet.
@@ -45,6 +46,8 @@ SAMPLE_CHARACTERS = 1500
 # Prose has a third to a half of small words, code and formulas hardly any.
 MIN_SHARE = 0.12
 MIN_WORDS = 12
+# One name that a program uses all the time is no language.
+MIN_DISTINCT = 4
 # The runner-up shares words (Spanish "de", Portuguese "de"), but not as many.
 MIN_LEAD = 1.25
 
@@ -64,7 +67,10 @@ def language_of(text: str) -> str | None:
         return "latin" if words else None
     counts = Counter(language for word in words for language in _LANGUAGES_OF.get(word, ()))
     ((first, most), (_, next_most)) = (counts.most_common(2) + [("", 0), ("", 0)])[:2]
-    return first if most >= MIN_SHARE * len(words) and most >= MIN_LEAD * next_most else "latin"
+    if most < MIN_SHARE * len(words) or most < MIN_LEAD * next_most:
+        return "latin"
+    distinct = sum(first in _LANGUAGES_OF.get(word, ()) for word in set(words))
+    return first if distinct >= MIN_DISTINCT else "latin"
 
 
 def _script_of(text: str) -> str | None:
