@@ -19,6 +19,7 @@ from tiny import Settings, flags, run_tiny
 
 from megatron_ptrl.config import ParallelConfig, ScoreConfig
 from megatron_ptrl.data.indexed import open_indexed
+from megatron_ptrl.data.scored_chunks import ScoredChunks
 from megatron_ptrl.data.windows import Windows, pack
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training.score import run
@@ -109,6 +110,21 @@ def test_a_finished_one_is_left_and_another_is_refused(ranks, reference, unscore
     (tmp_path / "s.parts").mkdir()
     (tmp_path / "s.parts" / "plan.json").write_text("{}")
     refused(ranks, wanted, r"s\.parts is of a scoring with another format, storage, data, .*, chunk; remove it")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null"])
+def test_a_plan_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(InputError, match=r"plan\.json: not the plan of a scoring; remove"):
+        ScoredChunks(tmp_path, "fp32").begin({"chunk": 4})
+
+
+def test_only_one_scoring_writes_to_an_output(tmp_path):
+    # Two in the merge would cut one another's file, and one that died there would leave zeros: probabilities of 1.
+    chunks = ScoredChunks(tmp_path / "s.parts", "fp32")
+    with chunks.begin({"chunk": 4}), pytest.raises(InputError, match="another `ptrl score` is writing to .*s.parts"):
+        chunks.begin({"chunk": 4})
+    chunks.begin({"chunk": 4}).close()
 
 
 def refused(ranks: Any, wanted: Settings, message: str, change: Any = None, world_size: int = 1) -> None:

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -83,6 +83,7 @@ class Scoring:
         digest = _digest(self.checkpoint, manifest)
         self.meta = _from_rank_0(lambda: self._describe(manifest, digest, overlap))
         self.parts = ScoredChunks(Path(self.output + ".parts"), config.storage)
+        self._lock: IO[str] | None = None  # of the parts, on rank 0
         for note in notes:
             self.say(note)
 
@@ -142,7 +143,7 @@ class Scoring:
                 if Path(self.output + suffix).exists():
                     raise InputError(f"{self.output}{suffix} exists and is of no scoring; use another output")
         with _writing(self.output):
-            self.parts.begin({**plan, "chunk": self.config.chunk})
+            self._lock = self.parts.begin({**plan, "chunk": self.config.chunk})
         return [n for n in range(len(self.windows)) if not self.parts.is_whole(self.windows.chunk(n))]
 
     def _score(self, missing: list[int]) -> float:
