@@ -27,7 +27,7 @@ from megatron_ptrl.data.sidecar import SideCar, SideCarMeta, hash_file, identify
 from megatron_ptrl.data.windows import Windows
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint, layers, mcore
-from megatron_ptrl.training.frozen import check_vocabulary, load_frozen_model, model_of
+from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model, model_of
 from megatron_ptrl.training.layout import check_launched, check_layout
 from megatron_ptrl.training.resume import find_source
 from megatron_ptrl.training.scorer import Scorer
@@ -73,6 +73,7 @@ class Scoring:
         self.indexed, _ = open_indexed(config.data)
         self.settings = model_settings(config, manifest, dist.get_world_size())
         check_layout(self.settings, dist.get_world_size())
+        check_padding(self.checkpoint, manifest, self.settings, "checkpoint")
         layers.check_supported(self.settings)
         mcore.initialize(self.settings, timeout_minutes=WAIT_MINUTES)
         window = self.settings.data.seq_length
