@@ -83,3 +83,12 @@ def test_side_cars_of_other_data_and_bad_settings_are_refused(data, tmp_path):
     for keep in (0, 1.5, float("nan")):
         with pytest.raises(InputError, match="expected above 0, up to 1"):
             SelectConfig(keep=keep)
+
+
+def test_a_disk_that_is_full_is_told_in_one_line(data):
+    for suffix in (".bin.tmp", ".json.tmp"):
+        Path(data + ".chosen" + suffix).symlink_to("/dev/full")
+        with pytest.raises(InputError, match=r"output .*chosen: No space left on device"):
+            run(config(data))
+        Path(data + ".chosen" + suffix).unlink()
+    assert not Path(data + ".chosen.idx").exists()

@@ -133,6 +133,8 @@ BROKEN = {
         change_meta(storage="fp8"),
         r"not the description .*'storage fp8'",
     ),
+    "a tokenizer that is none": (change_meta(tokenizer_sha256=None), "not the description .*of another type"),
+    "a reference that is none": (change_meta(reference=None), "not the description .*of another type"),
     "format": (change_meta(format=2), "side-car of format 2, this version reads 1"),
     "no meta": (lambda p: Path(p + ".json").write_text("{}"), "not the description of a side-car"),
     "no JSON": (lambda p: Path(p + ".json").write_text("x"), "not the description of a side-car"),
