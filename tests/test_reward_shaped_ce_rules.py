@@ -101,6 +101,15 @@ def test_second_backward():
         torch.autograd.grad(loss.sum(), z)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_second_derivative(inplace):
+    z, target = torch.randn(4, 50, requires_grad=True), torch.randint(50, (4,))
+    loss = reward_shaped_cross_entropy(z * 1, target, RANKED, inplace_backward=inplace).sum()
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (loss.detach() + gradient.square().sum()).backward()
+
+
 def test_in_place_backward_is_noticed_by_others_who_saved_the_logits():
     z = torch.randn(4, 50, requires_grad=True) * 1
     other = z.square().sum()

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_ptrl import ops
 from megatron_ptrl.config import RewardShaping
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.losses.once import once_differentiable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
