@@ -75,6 +75,7 @@ def test_side_cars_of_other_data_and_bad_settings_are_refused(data, tmp_path):
         ({"base": foreign}, "belongs to another data set than"),
         ({"reference": data}, "not the description of a side-car"),
         ({"output": data}, "would overwrite its input"),
+        ({"base": config(data).reference}, "reference and base are both"),
         ({"output": ""}, "output is empty"),
     ):
         with pytest.raises(InputError, match=message):

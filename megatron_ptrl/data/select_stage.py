@@ -34,6 +34,8 @@ def run(config: SelectConfig) -> None:
             raise InputError(f"{name} is empty; expected the prefix of a pair of files")
     if os.path.realpath(config.output) in {os.path.realpath(x) for x in (config.data, config.reference, config.base)}:
         raise InputError(f"output {config.output} would overwrite its input; choose another prefix")
+    if os.path.realpath(config.reference) == os.path.realpath(config.base):
+        raise InputError(f"reference and base are both {config.base}, which would choose nothing; name two side-cars")
     tokenizer = resolve_tokenizer(DataConfig(train=[config.data]))
     indexed, meta = open_indexed(config.data)
     assert meta is not None, "resolve_tokenizer refuses data without metadata"
