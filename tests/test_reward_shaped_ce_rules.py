@@ -62,6 +62,7 @@ def test_shapes_and_dtypes():
 def test_in_place_backward_needs_logits_that_can_be_overwritten():
     refused("strides", z=torch.zeros(2, 40, 3).transpose(1, 2), inplace_backward=True)
     refused("strides", z=torch.zeros(1, 1, 40).expand(2, 3, 40), inplace_backward=True)
+    refused("strides", z=torch.zeros(2 * 3 * 39 + 1).as_strided((2, 3, 40), (117, 39, 1)), inplace_backward=True)
 
 
 def test_in_place_backward_writes_the_same_gradient_over_the_logits():
