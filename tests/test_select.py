@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from sidecars import describe
 from test_indexed import tokenized
-from test_sidecar import describe
 
 from megatron_ptrl.config import DataConfig, SelectConfig
 from megatron_ptrl.data import sidecar
