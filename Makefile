@@ -14,6 +14,8 @@ export MAX_JOBS
 BIN := .venv/bin
 # -qq leaves errors, with the compiler's output among them, and drops everything else.
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# A short run of every kernel: the sanitizer's take a hundred times as long.
+SANITIZED := not_finite or same_bits or (one_pass_and_two_agree and 5000 and bfloat16)
 SOURCES := Makefile pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
 .DEFAULT_GOAL := help
@@ -48,7 +50,10 @@ gpu: .venv/.ready-dev ## With a CUDA device: run the tests that need one, measur
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
 	@$(BIN)/python -m megatron_ptrl doctor
 	@$(BIN)/python -m pytest -q -m gpu $(ARGS)
+	@for tool in memcheck racecheck; do command -v compute-sanitizer >/dev/null || { echo "skipped: compute-sanitizer is not there"; break; }; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu -k '$(SANITIZED)' || exit 1; done
 	@$(BIN)/python benchmarks/loss.py --device cuda --output benchmarks/results
+	@$(BIN)/python benchmarks/linear_head.py --device cuda --output benchmarks/results
 
 # torch goes first: without build isolation the kernels compile against the very torch they will be loaded into.
 # The old kernels go first, because a build that fails is no error to pip and would leave them behind.

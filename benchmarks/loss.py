@@ -19,6 +19,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -47,6 +48,10 @@ def torch_operators(z: Tensor, y: Tensor, upstream: Tensor) -> tuple[Tensor, Ten
     return (-w * log_px - mass).squeeze(1), (grad * upstream[:, None]).to(z.dtype)
 
 
+# Whole, and the shard of one of eight tensor-parallel ranks.
+GPU_VOCABULARIES = [vocab // ranks for ranks in (1, 8) for vocab in (32_768, 131_072, 151_936, 256_000)]
+
+
 def providers(shape: tuple[int, int], device: str) -> dict[str, Provider]:
     def ours(shaping: RewardShaping, **options: bool) -> Provider:
         return backward_through(lambda z, y: reward_shaped_cross_entropy(z, y, shaping, **options))
@@ -73,16 +78,16 @@ def providers(shape: tuple[int, int], device: str) -> dict[str, Provider]:
     return found
 
 
-def milliseconds_of(run: Provider, z: Tensor, y: Tensor, upstream: Tensor) -> float:
-    if z.is_cuda:
+def milliseconds_of(run: Callable[..., object], *inputs: Tensor) -> float:
+    if inputs[0].is_cuda:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run(z, y, upstream)
+        run(*inputs)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
     start = time.perf_counter()
-    run(z, y, upstream)
+    run(*inputs)
     return (time.perf_counter() - start) * 1e3
 
 
@@ -153,18 +158,18 @@ def environment(device: str) -> dict[str, object]:
     }
 
 
-def named(folder: Path, result: dict[str, object]) -> Path:
+def named(folder: Path, result: dict[str, object], prefix: str = "") -> Path:
     """`h200-2026-11-21.json`, after the device and the date."""
     device = str(result.get("gpu") or result["cpu"]).split(",")[0]
     words = [word for word in re.findall(r"[a-z0-9]+", device.lower()) if word != "nvidia"]
-    return folder / f"{'-'.join(words)}-{result['date']}.json"
+    return folder / f"{prefix}{'-'.join(words)}-{result['date']}.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--tokens", type=int, help="default: 256 on a CPU, 8192 on a GPU")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--vocab", type=int, nargs="+", help="default: 32768 131072, on a GPU more and their eighths")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-memory", action="store_true", help="skip the memory figures")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file, or into this folder")
@@ -172,10 +177,11 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA device")
     tokens = args.tokens or (8192 if args.device == "cuda" else 256)
+    vocabularies = args.vocab or (GPU_VOCABULARIES if args.device == "cuda" else [32768, 131072])
 
     result: dict[str, object] = environment(args.device)
     print("# " + ", ".join(f"{key} {value}" for key, value in result.items()))
-    for vocab in args.vocab:
+    for vocab in vocabularies:
         times = milliseconds(tokens, vocab, args.rounds, args.device)
         result[f"ms, {tokens} x {vocab}"] = times
         ours, copy = times["ours, shaped, k=100"], times["copy of the logits"]

@@ -2,8 +2,9 @@
 
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,16 +49,22 @@ def megatron_fused() -> Loss:
     return lambda z, y: fused_vocab_parallel_cross_entropy(z, y, group)
 
 
-def transformer_engine() -> Loss:
+def transformer_engine(**options: bool) -> Loss:
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
-    return lambda z, y: parallel_cross_entropy(z[:, None], y[:, None]).view(-1)
+    return lambda z, y: parallel_cross_entropy(z[:, None], y[:, None], **options).view(-1)
 
 
 def liger() -> Loss:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return lambda z, y: liger_cross_entropy(z, y, reduction="none")
+
+
+def liger_vocab_parallel() -> Loss:
+    from liger_kernel.transformers import LigerVocabParallelCrossEntropy
+
+    return LigerVocabParallelCrossEntropy(reduction="none")
 
 
 def quack() -> Loss:
@@ -68,21 +75,75 @@ def quack() -> Loss:
 
 @cache
 def gpu_rivals() -> dict[str, Provider]:
-    """Each has computed a gradient once; those that cannot are named with the reason."""
+    """Losses of logits: (logits, target, upstream gradient per token) -> gradient."""
     z = torch.randn(8, 256, device="cuda", dtype=torch.bfloat16)
     y, upstream = torch.randint(256, (8,), device="cuda"), torch.rand(8, device="cuda")
+    factories: dict[str, Callable[[], Loss]] = {
+        "plain, Megatron-Core fused": megatron_fused,
+        "plain, Transformer Engine": transformer_engine,
+        "plain, Transformer Engine, overwriting": partial(transformer_engine, overwrite_input=True),
+        "plain, Liger": liger,
+        "plain, Liger, vocabulary-parallel": liger_vocab_parallel,
+        "plain, quack": quack,
+    }
+    providers = {name: lambda factory=factory: backward_through(factory()) for name, factory in factories.items()}
+    return working(providers, lambda: (z.clone(), y, upstream))
+
+
+def working(factories: dict[str, Callable[[], Any]], inputs: Callable[[], tuple[Tensor, ...]]) -> dict[str, Any]:
+    """Those providers that have computed a gradient of `inputs` once; the others are named with the reason."""
     found = {}
-    for name, factory in (
-        ("plain, Megatron-Core fused", megatron_fused),
-        ("plain, Transformer Engine", transformer_engine),
-        ("plain, Liger", liger),
-        ("plain, quack", quack),
-    ):
+    for name, factory in factories.items():
         try:
-            run = backward_through(factory())
-            run(z.clone(), y, upstream)
+            run = factory()
+            run(*inputs())
         except Exception as error:  # whatever another library raises, the others are still measured
             print(f"# skipped: {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         else:
             found[name] = run
     return found
+
+
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def head_through(loss: Head) -> Callable[[Tensor, Tensor, Tensor, Tensor], object]:
+    """A mean or sum over tokens is all that these give: they leave the gradient per token out."""
+
+    def run(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> object:
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        return torch.autograd.grad(loss(*leaves, target), leaves)
+
+    return run
+
+
+def liger_linear() -> Head:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return lambda x, w, y: liger_fused_linear_cross_entropy(x, w, y, reduction="sum")
+
+
+def cut_cross_entropy() -> Head:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda x, w, y: linear_cross_entropy(x, w, y, reduction="sum")
+
+
+def quack_linear() -> Head:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda x, w, y: chunked_linear_cross_entropy(x, w, y, reduction="sum")
+
+
+@cache
+def gpu_head_rivals() -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], object]]:
+    """Losses of a head: (hidden, weight, target, upstream, of which nothing is read) -> gradients."""
+    x, w = (torch.randn(n, 256, device="cuda", dtype=torch.bfloat16) for n in (64, 512))
+    y, upstream = torch.randint(512, (64,), device="cuda"), torch.rand(64, device="cuda")
+    factories = {
+        "plain sum, Liger": liger_linear,
+        "plain sum, cut-cross-entropy": cut_cross_entropy,
+        "plain sum, quack": quack_linear,
+    }
+    providers = {name: lambda factory=factory: head_through(factory()) for name, factory in factories.items()}
+    return working(providers, lambda: (x, w, y, upstream))

@@ -20,11 +20,27 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Stream s
   kernel<<<dim3((unsigned)blocks), threads, 0, stream>>>(arguments...);
 }
 
+// How large `dynamic_size` may be on the current device; 0 where the kernel as it was compiled for it knows no
+// clusters.
+template <class Kernel>
+int64_t room_in_cluster(Kernel* kernel, int64_t declared) {
+  cudaFuncAttributes compiled{};
+  int device = 0, most = 0;
+  cudaFuncGetAttributes(&compiled, kernel);
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return compiled.ptxVersion >= 90 ? most - declared : 0;
+}
+
 // Clusters of `blocks` thread blocks, each with `dynamic_size` bytes of shared memory besides what the kernel declares.
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int blocks, int threads, int64_t dynamic_size,
                      Stream stream, const Arguments&... arguments) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)dynamic_size);
+  cudaFuncAttributes compiled{};
+  cudaFuncGetAttributes(&compiled, kernel);
+  // All that there is, whatever this launch takes: another thread may be about to launch the kernel with more.
+  const int64_t most = room_in_cluster(kernel, (int64_t)compiled.sharedSizeBytes);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most);
   cudaLaunchAttribute shape{};
   shape.id = cudaLaunchAttributeClusterDimension;
   shape.val.clusterDim.x = blocks;
@@ -37,18 +53,6 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int blocks
   config.attrs = &shape;
   config.numAttrs = 1;
   cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-// How large `dynamic_size` may be on the current device; 0 where the kernel as it was compiled for it knows no
-// clusters.
-template <class Kernel>
-int64_t room_in_cluster(Kernel* kernel, int64_t declared) {
-  cudaFuncAttributes compiled{};
-  int device = 0, most = 0;
-  cudaFuncGetAttributes(&compiled, kernel);
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return compiled.ptxVersion >= 90 ? most - declared : 0;
 }
 
 // A cluster barrier in two halves, release and acquire: every thread of the cluster comes to both.

@@ -308,6 +308,8 @@ PTRL_INLINE void gradient_loop(const Segment& segment, const float* c, float ups
     std::fill_n(g, segment.columns, (Raw)0);
     return;
   }
+  // The NaN that rounding to bf16 keeps: of one with all bits set it would make a zero.
+  if (std::isnan(upstream)) upstream = std::numeric_limits<float>::quiet_NaN();
   const int64_t ranked = std::clamp<int64_t>(segment.ranked, 0, segment.columns);
   const float padded = upstream * c[kPaddedFactor];
   scale_exponentials<T>(z, g, ranked, c[kShift], c[kThreshold], upstream * c[kHeadFactor], upstream * c[kTailFactor]);

@@ -32,13 +32,17 @@ __device__ inline float exponential(float z, float max, float& weighted) {
   return e;
 }
 
+// A load has sums of its own first: one by one, hundreds of equal terms would all be rounded to the same side.
 template <bool kEntropy, int kCount>
 __device__ inline void add_inner(Sums& sums, const float (&z)[kCount]) {
   const float top = largest(z);
   if (top > sums.max) rescale<kEntropy>(sums, top);
   const float max = sums.max > -INFINITY ? sums.max : 0;
+  float others = 0, weighted = 0;
 #pragma unroll
-  for (int j = 0; j < kCount; j++) sums.others += exponential<kEntropy>(z[j], max, sums.weighted);
+  for (int j = 0; j < kCount; j++) others += exponential<kEntropy>(z[j], max, weighted);
+  sums.others += others;
+  if (kEntropy) sums.weighted += weighted;
 }
 
 // The same where the target, padding or the end of the row is among these columns. What is not ranked becomes NaN, so
@@ -48,15 +52,19 @@ __device__ inline void add_edge(Sums& sums, float (&z)[kCount], int first, int r
   const float top = largest(z);  // beyond the end there is -inf
   if (top > sums.max) rescale<kEntropy>(sums, top);
   const float max = sums.max > -INFINITY ? sums.max : 0;
+  float others = 0, padded = 0, weighted = 0;
 #pragma unroll
   for (int j = 0; j < kCount; j++) {
     const int column = first + j;
     if (column < columns && column != target) {
-      const float e = exponential<kEntropy>(z[j], max, sums.weighted);
-      (column < ranked ? sums.others : sums.padded) += e;
+      const float e = exponential<kEntropy>(z[j], max, weighted);
+      (column < ranked ? others : padded) += e;
     }
     if (column >= ranked) z[j] = NAN;
   }
+  sums.others += others;
+  sums.padded += padded;
+  if (kEntropy) sums.weighted += weighted;
 }
 
 template <int kThreads>

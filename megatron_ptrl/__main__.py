@@ -97,6 +97,9 @@ def _silence_megatron() -> None:
     warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine).*")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    # Megatron-Core loads checkpoints by a name and a tensor class that torch is about to drop.
+    warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     # Megatron-Core calls collectives by names that torch 2.13 renamed.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
 

@@ -20,7 +20,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _UNKNOWN_KEY = re.compile(
     r"(?:Group '(?P<group>[\w.]+)' does not accept )?(?:Key|[Oo]ption|Nested key) '(?P<key>[\w.]+)'"
-    r"|[Uu]nrecognized arguments: --(?P<flag>[\w.]+)"
+    r"|[Uu]nrecognized arguments: --(?P<flag>[\w.-]+)"
 )
 
 
@@ -138,9 +138,11 @@ def _with_megatron_fields(config_class: type) -> type:
     model = dataclasses.make_dataclass("ModelConfig", extra, bases=(ModelConfig,), frozen=True, kw_only=True)
     model.__doc__ = ModelConfig.__doc__
     replaced = ("model", model, dataclasses.field(default_factory=model))
-    return dataclasses.make_dataclass(
+    whole = dataclasses.make_dataclass(
         config_class.__name__, [replaced], bases=(config_class,), frozen=True, kw_only=True
     )
+    whole.__doc__ = config_class.__doc__
+    return whole
 
 
 def _hide_undocumented(parser: ArgumentParser) -> None:

@@ -22,9 +22,14 @@ COEFFICIENTS = 6
 STATS = 4
 
 
-@cache
+@torch.compiler.assume_constant_result
 def load_kernels() -> bool:
     """Whether the compiled operators are there; `MEGATRON_PTRL_KERNELS=0` in the environment turns them off."""
+    return _load_kernels()
+
+
+@cache
+def _load_kernels() -> bool:
     if os.environ.get("MEGATRON_PTRL_KERNELS") == "0":
         return False
     try:
@@ -48,9 +53,14 @@ def _served_by_kernels(x: Tensor) -> bool:
     return x.device.type == "cpu" or _has_kernels(x.device.type)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _has_kernels(device: str) -> bool:
     """Whether the library was built for this kind of device; told once where it was not."""
+    return _look_for_kernels(device)
+
+
+@cache
+def _look_for_kernels(device: str) -> bool:
     name = "megatron_ptrl::reward_shaped_ce_stats"
     found = torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
     if not found and device != "meta":

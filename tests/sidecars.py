@@ -7,11 +7,11 @@ from megatron_ptrl.data.indexed import open_indexed
 from megatron_ptrl.data.sidecar import SideCarMeta
 
 
-def write_sidecar(data: str, output: str, values: numpy.ndarray, **changes: object) -> str:
-    """`output`, now the prefix of an fp32 side-car of `data` with one of `values` for each token."""
+def describe(data: str, storage: str = "fp32", **changes: object) -> SideCarMeta:
+    """What a side-car of `data` says of itself."""
     indexed, meta = open_indexed(data)
     known = {
-        "storage": "fp32",
+        "storage": storage,
         "data": sidecar.identify(data),
         "data_sha256": sidecar.hash_file(data + ".bin"),
         "tokenizer_sha256": meta.tokenizer_sha256,
@@ -22,8 +22,13 @@ def write_sidecar(data: str, output: str, values: numpy.ndarray, **changes: obje
         "tokens": meta.tokens,
         "mean_logprob": -1.0,
     }
+    return SideCarMeta(**{**known, **changes})
+
+
+def write_sidecar(data: str, output: str, values: numpy.ndarray, **changes: object) -> str:
+    """`output`, now the prefix of an fp32 side-car of `data` with one of `values` for each token."""
     payload = [sidecar.encode(values.astype(numpy.float32), "fp32")]
-    sidecar.publish(output, data, payload, SideCarMeta(**{**known, **changes}))
+    sidecar.publish(output, data, payload, describe(data, **changes))
     return output
 
 

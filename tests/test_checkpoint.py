@@ -177,7 +177,12 @@ def cut_the_manifest(checkpoint: Path) -> str:
     return "run.json cannot be read"
 
 
-DAMAGES = [truncate, remove_a_file, remove_the_manifest, cut_the_manifest]
+def empty_the_manifest(checkpoint: Path) -> str:
+    (checkpoint / "run.json").write_text("[]")
+    return "run.json names no files"
+
+
+DAMAGES = [truncate, remove_a_file, remove_the_manifest, cut_the_manifest, empty_the_manifest]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

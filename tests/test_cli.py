@@ -57,6 +57,7 @@ def test_a_real_process_ends_with_one_line_and_code_2(words, parts):
 PARSING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown group": ({"trian.steps": 3}, ["trian.steps", "train.steps"]),
     "unknown field of Megatron's": ({"model.moe_router_topkk": 2}, ["model.moe_router_topkk", "model.moe_router_topk"]),
+    "hyphen": ({"run-dir": "r"}, ["no configuration key run-dir", "nearest field is run_dir"]),
     "abbreviation": ({"train.step": 3}, ["no configuration key train.step", "nearest field is train.steps"]),
     "text for a number": ({"train.steps": "many"}, ["train.steps", "int", "many"]),
     "fraction for an integer": ({"model.num_layers": 2.5}, ["model.num_layers", "int", "2.5"]),
@@ -212,4 +213,5 @@ def test_every_stage_has_a_help_page(ranks):
     assert all(f"  {stage} " in usage for stage in _STAGES)
     for stage, (code, text, _) in zip(_STAGES, pages, strict=True):
         assert code == 0 and f"usage: ptrl {stage}" in text
+        assert "Config(" not in text, "a heading that is no sentence but a signature"
     assert "--loss.beta" in pages[list(_STAGES).index("pretrain")][1]

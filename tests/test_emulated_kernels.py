@@ -3,6 +3,7 @@
 The same bar as for every other implementation, against fp64, on rows that lead the selection astray.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -208,6 +209,18 @@ def test_extreme_rows(shaping):
     z[5], target[5] = -100.0, 9
     z[5, 9] = 100.0  # every other token underflows
     check(z, target, shaping if shaping.top_k <= 900 else replace(shaping, top_k=100))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounding_of_many_equal_terms_does_not_pile_up(kernels, dtype):
+    """The same e^(z - max) hundreds of times in one thread, beside a target so likely that the loss is their sum."""
+    z, target = torch.full((1, 32768), math.log(0.9931182)).to(dtype), torch.tensor([5])
+    z[0, : 64 * 16 // z.element_size()] = 0  # the first logits of each thread: its maximum
+    z[0, 5] = 17
+    numbers, keys = kernels.stats(z, target, 0, 32768, 0, False, None)
+    loss, *_ = kernels.combine(numbers[None], keys[None], target, 0.0, 0.0, 0.0, None)
+    others = torch.cat([z[0, :5], z[0, 6:]]).double() - 17
+    assert abs(loss.item() / torch.log1p(others.exp().sum()).item() - 1) < 2e-6
 
 
 @pytest.mark.skipif("PTRL_EMULATED_KERNELS" in os.environ, reason="runs these tests with sanitizers")

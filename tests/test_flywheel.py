@@ -71,8 +71,12 @@ def test_held_out_operands_occur_in_no_training_problem() -> None:
         return {(*re.findall(r"\d+", p.prompt), str(p.answer)) for p in drawn}
 
     assert not operands(True) & operands(False)
-    share = statistics.mean(is_held_out(a, b, "+") for a in range(10, 100) for b in range(10, 100))
-    assert share == pytest.approx(1 / 8, abs=0.01)
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    assert statistics.mean(is_held_out(a, b, "+") for a, b in pairs) == pytest.approx(1 / 8, abs=0.01)
+    for modulus in (4, 8, 10):
+        for rest in range(modulus):
+            share = statistics.mean(is_held_out(a, b, "+") for a, b in pairs if (a + b) % modulus == rest)
+            assert share == pytest.approx(1 / 8, abs=0.04), "totals that only held-out problems have"
 
 
 def settings(prefix: str, folder: Path) -> Settings:

@@ -58,5 +58,6 @@ def test_shell_blocks_run(tmp_path: Path) -> None:
                 timeout=300,
             )
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+            assert "Warning" not in done.stderr, f"{code}\n{done.stderr}"
     plots = {path.name for path in (tmp_path / "comparison").glob("*.png")}
     assert {"loss.png", "ce.png", "entropy.png"} <= plots

@@ -176,6 +176,9 @@ def test_run_writes_beside_one_run_and_asks_where_for_several(tmp_path, capsys):
     assert (tmp_path / "out" / "summary.md").read_text().startswith("| ")
     with pytest.raises(InputError, match="twice"):
         run(ReportConfig(runs=[str(one), str(one)], output=str(tmp_path / "out")))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="output .*file: File exists"):
+        run(ReportConfig(runs=[str(one)], output=str(tmp_path / "file")))
     with pytest.raises(InputError, match="no run directory"):
         run(ReportConfig())
 

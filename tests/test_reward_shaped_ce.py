@@ -116,6 +116,15 @@ def test_a_confident_target_keeps_its_gradient(shaping):
     assert at_target.abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])  # of a CPU, of a GPU or from fp16, and of filled memory
+def test_any_nan_from_above_reaches_the_gradient(dtype, bits):
+    upstream = torch.tensor([bits, bits], dtype=torch.int32).view(torch.float32)
+    leaf = torch.randn(2, 300).to(dtype).requires_grad_()
+    reward_shaped_cross_entropy(leaf, torch.tensor([3, 299]), RANKED).backward(upstream)
+    assert leaf.grad.isnan().all()
+
+
 def test_all_minus_infinity_and_nan_give_nan():
     z = torch.zeros(3, 300)
     z[0] = -torch.inf

@@ -62,6 +62,7 @@ def test_shapes_and_dtypes():
 def test_in_place_backward_needs_logits_that_can_be_overwritten():
     refused("strides", z=torch.zeros(2, 40, 3).transpose(1, 2), inplace_backward=True)
     refused("strides", z=torch.zeros(1, 1, 40).expand(2, 3, 40), inplace_backward=True)
+    refused("strides", z=torch.zeros(2 * 3 * 39 + 1).as_strided((2, 3, 40), (117, 39, 1)), inplace_backward=True)
 
 
 def test_in_place_backward_writes_the_same_gradient_over_the_logits():
@@ -99,6 +100,15 @@ def test_second_backward():
     torch.autograd.grad(loss.sum(), z, retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward after inplace_backward=True"):
         torch.autograd.grad(loss.sum(), z)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_second_derivative(inplace):
+    z, target = torch.randn(4, 50, requires_grad=True), torch.randint(50, (4,))
+    loss = reward_shaped_cross_entropy(z * 1, target, RANKED, inplace_backward=inplace).sum()
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (loss.detach() + gradient.square().sum()).backward()
 
 
 def test_in_place_backward_is_noticed_by_others_who_saved_the_logits():

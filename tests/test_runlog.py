@@ -22,7 +22,7 @@ def test_a_resumed_log_drops_later_steps_and_a_line_cut_short(tmp_path):
         log.record({"step": step, "ce": 1.0 / step})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as metrics:
-        metrics.write('{"step": 2, "ce": 0.')
+        metrics.write('{"ce": 0.5}\n[]\n{"step": null}\n{"step": 2, "ce": 0.')
     open_log(tmp_path, first_step=2).close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]

@@ -17,10 +17,12 @@ from scoring import reference_settings, score
 from test_indexed import tokenized
 from tiny import Settings, flags, run_tiny
 
-from megatron_ptrl.config import ParallelConfig, ScoreConfig
+from megatron_ptrl.config import ModelConfig, ParallelConfig, PretrainConfig, ScoreConfig
 from megatron_ptrl.data.indexed import open_indexed
+from megatron_ptrl.data.scored_chunks import ScoredChunks
 from megatron_ptrl.data.windows import Windows, pack
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.training.frozen import check_padding
 from megatron_ptrl.training.score import run
 
 DEADLINE = 120.0
@@ -109,6 +111,21 @@ def test_a_finished_one_is_left_and_another_is_refused(ranks, reference, unscore
     (tmp_path / "s.parts").mkdir()
     (tmp_path / "s.parts" / "plan.json").write_text("{}")
     refused(ranks, wanted, r"s\.parts is of a scoring with another format, storage, data, .*, chunk; remove it")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null"])
+def test_a_plan_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(InputError, match=r"plan\.json: not the plan of a scoring; remove"):
+        ScoredChunks(tmp_path, "fp32").begin({"chunk": 4})
+
+
+def test_only_one_scoring_writes_to_an_output(tmp_path):
+    # Two in the merge would cut one another's file, and one that died there would leave zeros: probabilities of 1.
+    chunks = ScoredChunks(tmp_path / "s.parts", "fp32")
+    with chunks.begin({"chunk": 4}), pytest.raises(InputError, match="another `ptrl score` is writing to .*s.parts"):
+        chunks.begin({"chunk": 4})
+    chunks.begin({"chunk": 4}).close()
 
 
 def refused(ranks: Any, wanted: Settings, message: str, change: Any = None, world_size: int = 1) -> None:
@@ -241,3 +258,11 @@ def test_experts_over_data_parallel_ranks_give_the_same(ranks, prefix, unscored,
     ranks.run(2, score, {**two, "parallel.ep": 2})
     found, expected = (numpy.fromfile(tmp_path / f"{name}.bin", numpy.float32) for name in ("two", "one"))
     numpy.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_layout_that_pads_the_vocabulary_otherwise_is_refused(tmp_path):
+    manifest = {"vocab_size": 511, "layout": {"tp": 1}}
+    config = PretrainConfig(model=ModelConfig(make_vocab_size_divisible_by=1), parallel=ParallelConfig(tp=2))
+    with pytest.raises(InputError, match=r"checkpoint: x has .* 511 padded to 511, and parallel.tp 2 .* to 512"):
+        check_padding(Path("x"), manifest, config, "checkpoint")
+    check_padding(Path("x"), {**manifest, "layout": {"tp": 2}}, config, "checkpoint")

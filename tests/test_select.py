@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from sidecars import describe
 from test_indexed import tokenized
-from test_sidecar import describe
 
 from megatron_ptrl.config import DataConfig, SelectConfig
 from megatron_ptrl.data import sidecar
@@ -75,6 +75,7 @@ def test_side_cars_of_other_data_and_bad_settings_are_refused(data, tmp_path):
         ({"base": foreign}, "belongs to another data set than"),
         ({"reference": data}, "not the description of a side-car"),
         ({"output": data}, "would overwrite its input"),
+        ({"base": config(data).reference}, "reference and base are both"),
         ({"output": ""}, "output is empty"),
     ):
         with pytest.raises(InputError, match=message):
@@ -83,3 +84,12 @@ def test_side_cars_of_other_data_and_bad_settings_are_refused(data, tmp_path):
     for keep in (0, 1.5, float("nan")):
         with pytest.raises(InputError, match="expected above 0, up to 1"):
             SelectConfig(keep=keep)
+
+
+def test_a_disk_that_is_full_is_told_in_one_line(data):
+    for suffix in (".bin.tmp", ".json.tmp"):
+        Path(data + ".chosen" + suffix).symlink_to("/dev/full")
+        with pytest.raises(InputError, match=r"output .*chosen: No space left on device"):
+            run(config(data))
+        Path(data + ".chosen" + suffix).unlink()
+    assert not Path(data + ".chosen.idx").exists()

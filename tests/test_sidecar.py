@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from sidecars import describe
 from test_indexed import cut, tokenized
 
 from megatron_ptrl.data import sidecar
@@ -19,23 +20,6 @@ from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 
 TEXTS = ["some words of text", "one", "and a longer document than the others are", "two words", "three more words"]
-
-
-def describe(prefix: str, storage: str, **changes: object) -> SideCarMeta:
-    indexed, meta = open_indexed(prefix)
-    known = {
-        "storage": storage,
-        "data": sidecar.identify(prefix),
-        "data_sha256": sidecar.hash_file(prefix + ".bin"),
-        "tokenizer_sha256": meta.tokenizer_sha256,
-        "reference": {"checkpoint": "runs/x"},
-        "window": 8,
-        "overlap": 4,
-        "documents": len(indexed),
-        "tokens": meta.tokens,
-        "mean_logprob": -1.0,
-    }
-    return SideCarMeta(**{**known, **changes})
 
 
 def part(prefix: str) -> Part:
@@ -133,6 +117,8 @@ BROKEN = {
         change_meta(storage="fp8"),
         r"not the description .*'storage fp8'",
     ),
+    "a tokenizer that is none": (change_meta(tokenizer_sha256=None), "not the description .*of another type"),
+    "a reference that is none": (change_meta(reference=None), "not the description .*of another type"),
     "format": (change_meta(format=2), "side-car of format 2, this version reads 1"),
     "no meta": (lambda p: Path(p + ".json").write_text("{}"), "not the description of a side-car"),
     "no JSON": (lambda p: Path(p + ".json").write_text("x"), "not the description of a side-car"),

@@ -148,6 +148,7 @@ def test_a_reference_that_is_the_model_changes_nothing(ranks, prefix, tmp_path, 
             weighted(prefix, tmp_path / "4", opinion, **noisy, remit__epsilon=0.0, remit__offload_reference=True),
         ],
     )[0]
+    assert "remit.reference is not used: remit.weighting is none" in (tmp_path / "0" / "log.txt").read_text()
     for rows in (same, half):
         assert {name: rows[0][name] for name in plain[0]} == plain[0]
         assert (rows[0]["remit_weight_mean"], rows[0]["remit_gap"]) == (1.0, 0.0)

@@ -8,6 +8,7 @@ The text up to `A:` is the prompt, ` Answer 91` at the end of what follows is wh
 
 import random
 import re
+import zlib
 from dataclasses import dataclass
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hal")
@@ -42,8 +43,12 @@ class Problem:
 
 
 def is_held_out(a: int, b: int, operation: str) -> bool:
-    """Whether these operands never occur in training: every eighth pair."""
-    return (7 * a + 3 * b + (operation == "*")) % 8 == 0
+    """Whether these operands never occur in training: one pair in eight, by chance.
+
+    Not by a rule on the numbers: the totals of what a rule holds out have something in common, and a model that has
+    never met such totals would be tested on nothing else.
+    """
+    return zlib.crc32(f"{a}{operation}{b}".encode()) % 8 == 0
 
 
 def draw_problem(rng: random.Random, *, held_out: bool, wrong: bool = False) -> Problem:

@@ -163,7 +163,7 @@ class PretrainConfig:
     """`.bin/.idx` -> checkpoints, metrics and plots in `run_dir`."""
 
     run_dir: str = "runs/pretrain"
-    """Everything of the run: config.yaml, metrics.jsonl, checkpoints/, plots/, tensorboard/, log.txt."""
+    """Everything of the run: config.yaml, metrics.jsonl, log.txt, checkpoints/, plots/, tensorboard/, data_cache/."""
     dry_run: bool = False
     """Print parameters, memory per rank, tokens, layout and schedule; train nothing."""
     dry_run_world_size: int | None = None

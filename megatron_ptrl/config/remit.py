@@ -50,6 +50,12 @@ class RemitConfig:
         )
 
     @property
+    def unused(self) -> str | None:
+        """The field that is set to no effect, because nothing is weighted."""
+        named = {"remit.sidecar": self.sidecar, "remit.reference": self.reference}
+        return next((name for name, value in named.items() if value and self.weighting == "none"), None)
+
+    @property
     def online(self) -> bool:
         """Whether a reference model goes over every batch."""
         return self.weighting != "none" and self.reference is not None

@@ -1,9 +1,12 @@
 """OUTPUT.parts/: what is scored so far. A chunk's file has its name only when it is whole and on the disk.
 
 plan.json             which data, reference and settings the chunks belong to
+lock                  held by the scoring that is under way, and let go however its process ends
 chunk_00000012.bin    the encoded values, the sum of the values (fp64), SHA-256 of both
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +14,7 @@ import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 
@@ -30,21 +33,47 @@ class ScoredChunks:
     folder: Path
     storage: str
 
-    def begin(self, plan: dict[str, Any]) -> None:
-        """Make the folder, or see that it is this plan's. Raises InputError where it is another's."""
+    def begin(self, plan: dict[str, Any]) -> IO[str]:
+        """Make the folder, or see that it is this plan's; returns its lock, to be kept open while chunks are written.
+
+        Raises InputError where it is another plan's, or another process holds the lock.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self._lock()
         path = self.folder / "plan.json"
         if path.is_file():
-            found = json.loads(path.read_text())
+            found = self._read_plan(path)
             different = [name for name in plan if found.get(name) != plan[name]]
             if different:
                 raise InputError(
                     f"{self.folder} is of a scoring with another {', '.join(different)}; remove it, or use another "
                     "output"
                 )
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
+            return lock
         with Durably(str(path)) as stream:
             stream.write(json.dumps(plan, indent=1).encode())
+        return lock
+
+    def _lock(self) -> IO[str]:
+        stream = (self.folder / "lock").open("w")
+        # Some network file systems have no locks, which is no reason not to work there.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another `ptrl score` is writing to {self.folder}; wait for its end, or use another output"
+                ) from error
+        return stream
+
+    def _read_plan(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"{path}: not the plan of a scoring; remove {self.folder}, or use another output")
+        return found
 
     def write(self, chunk: Chunk, values: numpy.ndarray) -> None:
         """Keep the values (float32) of all tokens of a chunk."""

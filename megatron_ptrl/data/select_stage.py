@@ -15,23 +15,27 @@ import numpy
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_ptrl.config import DataConfig, SelectConfig
-from megatron_ptrl.data.indexed import open_indexed, resolve_tokenizer
+from megatron_ptrl.data.indexed import IndexedMeta, open_indexed, resolve_tokenizer
 from megatron_ptrl.data.indexed_output import PUBLISHED
 from megatron_ptrl.data.parts import Part
 from megatron_ptrl.data.sidecar import SideCar
+from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 
 
 def run(config: SelectConfig) -> None:
     """Write the chosen documents, in their old order, to `config.output`.*; prints counts and the threshold.
 
-    Raises InputError for data without metadata, side-cars of other data, or an output that would overwrite its input.
+    Raises InputError for data without metadata, side-cars of other data, an output that would overwrite its input
+    or cannot be written.
     """
     for name in ("data", "reference", "base", "output"):
         if not getattr(config, name):
             raise InputError(f"{name} is empty; expected the prefix of a pair of files")
     if os.path.realpath(config.output) in {os.path.realpath(x) for x in (config.data, config.reference, config.base)}:
         raise InputError(f"output {config.output} would overwrite its input; choose another prefix")
+    if os.path.realpath(config.reference) == os.path.realpath(config.base):
+        raise InputError(f"reference and base are both {config.base}, which would choose nothing; name two side-cars")
     tokenizer = resolve_tokenizer(DataConfig(train=[config.data]))
     indexed, meta = open_indexed(config.data)
     assert meta is not None, "resolve_tokenizer refuses data without metadata"
@@ -41,19 +45,11 @@ def run(config: SelectConfig) -> None:
         sidecar.check(part, tokenizer)
     gains = mean_gains(indexed, *sidecars)
     chosen = largest(gains, config.keep)
-    tokens = _write(config.output, indexed, chosen)
-    written = dataclasses.replace(
-        meta,
-        documents=len(chosen),
-        tokens=tokens,
-        rejected={**meta.rejected, "not selected": len(indexed) - len(chosen)},
-    )
-    Path(config.output + ".json.tmp").write_text(json.dumps(dataclasses.asdict(written), indent=2) + "\n")
-    shutil.copyfile(tokenizer.path, config.output + ".tokenizer.json.tmp")
-    # As `ptrl tokenize` does: a pair counts when its index is there.
-    Path(config.output + ".idx").unlink(missing_ok=True)
-    for suffix in PUBLISHED:
-        os.replace(config.output + suffix + ".tmp", config.output + suffix)
+    try:
+        tokens = _write(config.output, indexed, chosen)
+        _publish(config.output, meta, tokenizer, len(indexed), len(chosen), tokens)
+    except OSError as error:
+        raise InputError(f"output {config.output}: {error.strerror}: {error.filename or config.output}") from error
     print(
         f"{config.output}: {len(chosen):,} of {len(indexed):,} documents, {tokens:,} of {meta.tokens:,} tokens; kept "
         f"from a mean of log p_ref - log p_base of {gains[chosen].min():.4f} nats a token on"
@@ -80,10 +76,7 @@ def largest(gains: numpy.ndarray, keep: float) -> numpy.ndarray:
 
 def _write(output: str, indexed: IndexedDataset, chosen: numpy.ndarray) -> int:
     """The `.bin` and `.idx` under temporary names; returns the number of tokens."""
-    try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {output}: {error.strerror}: {error.filename}") from error
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     builder, tokens = IndexedDatasetBuilder(output + ".bin.tmp", dtype=indexed.index.dtype), 0
     for document in chosen:
         ids = indexed.get(int(document))
@@ -91,3 +84,15 @@ def _write(output: str, indexed: IndexedDataset, chosen: numpy.ndarray) -> int:
         tokens += ids.size
     builder.finalize(output + ".idx.tmp")
     return tokens
+
+
+def _publish(output: str, meta: IndexedMeta, tokenizer: Tokenizer, of: int, documents: int, tokens: int) -> None:
+    """Metadata and tokenizer of `documents` chosen among `of`, and all files under their names."""
+    rejected = {**meta.rejected, "not selected": of - documents}
+    written = dataclasses.replace(meta, documents=documents, tokens=tokens, rejected=rejected)
+    Path(output + ".json.tmp").write_text(json.dumps(dataclasses.asdict(written), indent=2) + "\n")
+    shutil.copyfile(tokenizer.path, output + ".tokenizer.json.tmp")
+    # As `ptrl tokenize` does: a pair counts when its index is there.
+    Path(output + ".idx").unlink(missing_ok=True)
+    for suffix in PUBLISHED:
+        os.replace(output + suffix + ".tmp", output + suffix)

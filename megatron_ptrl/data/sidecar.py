@@ -96,6 +96,10 @@ def read_sidecar_meta(prefix: str) -> SideCarMeta | None:
         version = values["format"]
         if version == FORMAT and values["storage"] not in STORAGE:
             raise ValueError(f"storage {values['storage']}")
+        if version == FORMAT and not (
+            isinstance(values["tokenizer_sha256"], str) and isinstance(values["reference"], dict)
+        ):
+            raise ValueError("tokenizer_sha256 or reference of another type")
         if version == FORMAT:
             return SideCarMeta(**{**values, "data": DataIdentity(**values["data"])})
     except (ValueError, TypeError, KeyError) as error:

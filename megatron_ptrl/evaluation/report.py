@@ -99,7 +99,10 @@ _MARKER: dict[str, Any] = {"marker": "o", "markersize": 5, "markeredgecolor": "w
 
 
 def run(config: ReportConfig) -> None:
-    """Draw the plots of `config.runs`, write and print their table. Raises InputError as `read_metrics` does."""
+    """Draw the plots of `config.runs`, write and print their table.
+
+    Raises InputError as `read_metrics` does, and for an output that cannot be written.
+    """
     if not config.runs:
         raise InputError("no run directory was given; expected one or more: ptrl report RUN... --output DIR")
     if config.output is None and len(config.runs) > 1:
@@ -108,9 +111,12 @@ def run(config: ReportConfig) -> None:
     output = Path(config.output) if config.output is not None else runs[0] / "plots"
     labelled = _read(runs)
     table = _table(labelled)
-    plots = _draw_all(labelled, output)
-    page = write_token_weights({label: metrics.path for label, metrics in labelled.items()}, output)
-    (output / "summary.md").write_text(table + "\n", encoding="utf-8")
+    try:
+        plots = _draw_all(labelled, output)
+        page = write_token_weights({label: metrics.path for label, metrics in labelled.items()}, output)
+        (output / "summary.md").write_text(table + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output {output}: {error.strerror}; name a folder that can be written") from error
     print(table)
     print(f"\n{len(plots)} plots{', token_weights.html' if page else ''} and summary.md are in {output}")
 

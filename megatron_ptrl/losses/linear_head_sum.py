@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_ptrl import ops
 from megatron_ptrl.config import DEFAULT_CHUNK_TOKENS, RewardShaping
@@ -23,6 +22,7 @@ from megatron_ptrl.losses.chunked_head import (
     reduce,
     sum_dtype,
 )
+from megatron_ptrl.losses.once import once_differentiable
 from megatron_ptrl.losses.reward_shaped_ce import Call, Group, TokenStats, check_vocabulary, exchange
 
 # Rows of a gradient that are multiplied at a time, because a CPU makes a copy of what it converts.

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_ptrl import ops
 from megatron_ptrl.config import RewardShaping
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.losses.once import once_differentiable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -208,12 +208,22 @@ def _check_tensors(logits: Tensor, target: Tensor, call: Call) -> None:
         )
     if logits.device != target.device:
         raise InputError(f"target is on {target.device}; expected {logits.device}, where the logits are")
-    if call.inplace_backward and (logits.stride(-1) != 1 or 0 in logits.stride()):
+    if call.inplace_backward and (logits.stride(-1) != 1 or _overlaps(logits)):
         raise InputError(
             f"vocab_parallel_logits have strides {list(logits.stride())}, which a gradient cannot be written over; "
-            "expected a dense last dimension and no expanded one, or inplace_backward=False"
+            "expected a dense last dimension and rows that do not overlap, or inplace_backward=False"
         )
     check_top_k(logits.shape[-1], call)
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether elements may share memory: a stride is shorter than what lies within it."""
+    within = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride < within:
+            return True
+        within += stride * (size - 1)
+    return False
 
 
 def check_top_k(columns: int, call: Call) -> None:
@@ -224,8 +234,11 @@ def check_top_k(columns: int, call: Call) -> None:
 def check_vocabulary(
     every_numbers: Tensor | None, target: Tensor, columns: int, call: Call, sharded: str = "vocab_parallel_logits"
 ) -> None:
-    """Widths (None: there is one shard) and target values, read without waiting for a device: on a CPU only."""
-    if target.device.type != "cpu" or target.numel() == 0:
+    """Widths (None: there is one shard) and target values, read without waiting for a device: on a CPU only.
+
+    Not under torch.compile, whose graph it would break; a wrong target's loss and gradient are NaN there, too.
+    """
+    if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
         return
     widths = [columns] if every_numbers is None else [int(width) for width in every_numbers[:, 0, ops.WIDTH]]
     if len(set(widths)) > 1:

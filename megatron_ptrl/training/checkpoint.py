@@ -68,6 +68,8 @@ def _defect(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error.__class__.__name__}); the checkpoint is not whole"
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return f"{MANIFEST} names no files; the checkpoint is not whole"
     for name, size in manifest["files"].items():
         file = path / name
         if not file.is_file():

@@ -47,6 +47,20 @@ def check_vocabulary(path: Path, manifest: dict[str, Any], tokenizer: Tokenizer,
         )
 
 
+def check_padding(path: Path, manifest: dict[str, Any], config: PretrainConfig, field: str) -> None:
+    """InputError where `config`'s layout pads the vocabulary to another size than the checkpoint's at `path` did.
+
+    The padding is in the softmax: columns that no training has seen would change every probability.
+    """
+    vocab_size, trained, tp = manifest["vocab_size"], manifest["layout"]["tp"], config.parallel.tp
+    before, here = (mcore.padded_vocab_size(vocab_size, config.model, each) for each in (trained, tp))
+    if before != here:
+        raise InputError(
+            f"{field}: {path} has its vocabulary of {vocab_size} padded to {before}, and parallel.tp {tp} would pad it "
+            f"to {here}, which changes every probability; use a parallel.tp that divides {before}"
+        )
+
+
 def load_frozen_model(config: PretrainConfig, path: Path, vocab_size: int) -> list[torch.nn.Module]:
     """The chunks of `config.model` on this rank with the weights of the checkpoint. Collective over all ranks."""
     chunks = mcore.build_frozen_model(config, vocab_size)

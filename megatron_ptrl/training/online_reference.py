@@ -22,7 +22,7 @@ from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.losses.reward_shaped_ce import TokenStats
 from megatron_ptrl.training import checkpoint, layers, loop, mcore
-from megatron_ptrl.training.frozen import check_vocabulary, load_frozen_model, model_of
+from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model, model_of
 from megatron_ptrl.training.layout import check_layout
 from megatron_ptrl.training.mcore import RewardShapedGPTModel
 from megatron_ptrl.training.resume import find_source
@@ -49,6 +49,7 @@ def find_reference(
     manifest = checkpoint.read_manifest(path)
     check_vocabulary(path, manifest, tokenizer, "remit.reference")
     reference = _reference_config(config, manifest)
+    check_padding(path, manifest, reference, "remit.reference")
     try:
         check_layout(reference, world_size)
         layers.check_supported(reference)

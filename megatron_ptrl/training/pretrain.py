@@ -137,6 +137,8 @@ class Pretraining:
         self.held_out: dict[str, float] = {}
         self.progress, notes = restore(config, self.tokenizer, self.chunks, self.optimizer, self.scheduler)
         self.log = self._open_log()
+        if config.remit.unused:
+            notes.append(f"{config.remit.unused} is not used: remit.weighting is none, every token has the same weight")
         for note in [*notes, *found]:
             self.say(note)
 

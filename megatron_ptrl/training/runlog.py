@@ -92,15 +92,15 @@ class RunLog:
 
 
 def _keep_until(metrics: Path, step: int) -> None:
-    """Drop the lines after `step`, and a last line that a killed run cut short."""
+    """Drop the lines after `step`, and what is no line of ours: one that a killed run cut short, say."""
     if not metrics.exists():
         return
     kept = []
-    for line in metrics.read_text().splitlines():
+    for line in metrics.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step and step > 0:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             continue
     rewritten = metrics.with_suffix(".tmp")
     rewritten.write_text("".join(line + "\n" for line in kept))

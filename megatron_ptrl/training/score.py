@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -27,7 +27,7 @@ from megatron_ptrl.data.sidecar import SideCar, SideCarMeta, hash_file, identify
 from megatron_ptrl.data.windows import Windows
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint, layers, mcore
-from megatron_ptrl.training.frozen import check_vocabulary, load_frozen_model, model_of
+from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model, model_of
 from megatron_ptrl.training.layout import check_launched, check_layout
 from megatron_ptrl.training.resume import find_source
 from megatron_ptrl.training.scorer import Scorer
@@ -73,6 +73,7 @@ class Scoring:
         self.indexed, _ = open_indexed(config.data)
         self.settings = model_settings(config, manifest, dist.get_world_size())
         check_layout(self.settings, dist.get_world_size())
+        check_padding(self.checkpoint, manifest, self.settings, "checkpoint")
         layers.check_supported(self.settings)
         mcore.initialize(self.settings, timeout_minutes=WAIT_MINUTES)
         window = self.settings.data.seq_length
@@ -83,6 +84,7 @@ class Scoring:
         digest = _digest(self.checkpoint, manifest)
         self.meta = _from_rank_0(lambda: self._describe(manifest, digest, overlap))
         self.parts = ScoredChunks(Path(self.output + ".parts"), config.storage)
+        self._lock: IO[str] | None = None  # of the parts, on rank 0
         for note in notes:
             self.say(note)
 
@@ -142,7 +144,7 @@ class Scoring:
                 if Path(self.output + suffix).exists():
                     raise InputError(f"{self.output}{suffix} exists and is of no scoring; use another output")
         with _writing(self.output):
-            self.parts.begin({**plan, "chunk": self.config.chunk})
+            self._lock = self.parts.begin({**plan, "chunk": self.config.chunk})
         return [n for n in range(len(self.windows)) if not self.parts.is_whole(self.windows.chunk(n))]
 
     def _score(self, missing: list[int]) -> float:
