@@ -79,5 +79,5 @@ def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Slurm
     for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.configuration))
-    slurm_cluster.wait_until_empty()
+    slurm_cluster.clear()
     return slurm_cluster

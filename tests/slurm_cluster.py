@@ -82,8 +82,7 @@ class SlurmCluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
             if kind is None:
-                self.ask("scancel", "--user", getpass.getuser())
-                self.wait_until_empty()
+                self.clear()
         finally:
             for daemon in reversed(self._daemons):
                 daemon.terminate()
@@ -98,6 +97,11 @@ class SlurmCluster:
         done = subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=SECONDS)
         assert patient or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip() if done.returncode == 0 else ""
+
+    def clear(self) -> None:
+        """End what an earlier test left in the queue."""
+        self.ask("scancel", "--user", getpass.getuser())
+        self.wait_until_empty()
 
     def wait_until_empty(self) -> None:
         """Until no job runs, or waits to."""
