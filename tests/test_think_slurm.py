@@ -53,7 +53,8 @@ def submitted(slurm: SlurmCluster) -> list[str]:
 
 
 def test_a_job_that_is_submitted_twice(slurm, expected, capsys):
-    with StubServer(Path("log")) as server:
+    # A part takes a second or two, more than the time between the starts of two tasks.
+    with StubServer(Path("log"), "--latency", "0.1") as server:
         # Kept in the queue until both are there: their tasks start together and want the same parts.
         slurm.ask("scontrol", "update", f"PartitionName={PARTITION}", "State=DOWN")
         for _ in range(2):
