@@ -105,7 +105,7 @@ class Journal:
         index = numpy.frombuffer(self._index, dtype=numpy.int64).reshape(-1, 5)
         counts: Counter[str] = Counter()
         temporary = {kind: path.with_suffix(".tmp") for kind, path in self._final.items()}
-        streams = {kind: path.open("wb") for kind, path in temporary.items()}
+        streams = {kind: path.open("wb", buffering=1 << 17) for kind, path in temporary.items()}
         for row in numpy.lexsort((index[:, 1], index[:, 0])):
             number, offset, length = index[row, 2:].tolist()
             line = os.pread(journal, length, offset)
