@@ -1,23 +1,18 @@
 """`ptrl think`'s first stage against a bare asyncio client: documents a second with 64 requests in flight.
 
-    python benchmarks/think_rate.py [--documents 6000] [--rounds 3] [--output FILE.json]
-
 The server, a process of its own, answers each request in 20 ms with the same bytes. The bare client sends requests made
 beforehand, over the same HTTP library, and drops the replies; the stage reads the corpus, fills prompts, takes the
-thinking out of the replies and keeps a journal. Both in turn, medians of the rates.
+thinking out of the replies and keeps a journal. One process each, in turn.
 """
 
-import argparse
 import asyncio
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -28,6 +23,7 @@ from megatron_ptrl.thinking.generators import make_generator
 from megatron_ptrl.thinking.journal import Journal
 from megatron_ptrl.thinking.prompts import load_template, make_cut
 
+BARE, OURS = "bare client", "ptrl think"
 IN_FLIGHT = 64
 TEXT = "some words of a document that is not very long, as they are on the web. " * 30
 
@@ -61,38 +57,38 @@ asyncio.run(main())
 """
 
 
-def main() -> None:
-    """Print a table and, when asked, write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=6000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
+@contextmanager
+def answering() -> Iterator[str]:
+    """The URL of a running server."""
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
     assert server.stdout
-    url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-    rates: dict[str, list[float]] = {"bare client": [], "ptrl think": []}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "in.jsonl"
-            lines = (json.dumps({"id": f"d{i}", "text": TEXT, "domain": "web"}) for i in range(arguments.documents))
-            source.write_text("".join(line + "\n" for line in lines))
-            for number in range(arguments.rounds):
-                rates["bare client"].append(arguments.documents / asyncio.run(bare(url, arguments.documents)))
-                seconds = asyncio.run(stage(url, source, Path(folder) / str(number)))
-                rates["ptrl think"].append(arguments.documents / seconds)
+        yield f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
     finally:
         server.kill()
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    share = statistics.median(b / a for a, b in zip(*rates.values(), strict=True))
-    print(f"# {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
-    print(f"# {arguments.documents:,} documents, {IN_FLIGHT} in flight, a server that takes 20 ms, one process each")
-    print("client\tdocuments/s\tof the bare client's")
-    for name, rate in medians.items():
-        print(f"{name}\t{rate:,.0f}\t{share if name == 'ptrl think' else 1:.0%}")
-    if arguments.output:
-        figures = {"date": datetime.now(timezone.utc).isoformat(), "rates": rates, "medians": medians, "share": share}
-        arguments.output.write_text(json.dumps({**figures, "documents": arguments.documents}, indent=1) + "\n")
+        server.wait()
+        server.stdout.close()
+
+
+def measure(documents: int, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Of each round, for either client, documents a second and microseconds of processor time for a document."""
+    results: dict[str, list[dict[str, float]]] = {BARE: [], OURS: []}
+    with tempfile.TemporaryDirectory() as folder, answering() as url:
+        source = Path(folder) / "in.jsonl"
+        lines = (json.dumps({"id": f"d{i}", "text": TEXT, "domain": "web"}) for i in range(documents))
+        source.write_text("".join(line + "\n" for line in lines))
+        for number in range(rounds):
+            results[BARE].append(timed(bare(url, documents), documents))
+            results[OURS].append(timed(stage(url, source, Path(folder) / str(number)), documents))
+    return results
+
+
+def timed(client: Coroutine[None, None, float], documents: int) -> dict[str, float]:
+    """What a client, which tells its seconds, took."""
+    begin = time.process_time()
+    seconds = asyncio.run(client)
+    cpu = time.process_time() - begin
+    return {"documents/s": documents / seconds, "us/document": cpu / documents * 1e6}
 
 
 async def bare(url: str, documents: int) -> float:
@@ -124,7 +120,3 @@ async def stage(url: str, source: Path, output: Path) -> float:
     seconds = time.perf_counter() - start
     await generator.close()
     return seconds
-
-
-if __name__ == "__main__":
-    main()

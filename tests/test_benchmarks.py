@@ -13,8 +13,7 @@ SMALL = {
     "linear_head.py": ["--tokens", "32", "--vocab", "512", "--hidden", "16", "--rounds", "1"],
     "training.py": ["--vocab", "512", "--hidden", "64", "--layers", "1", "--seq_length", "32", "--steps", "1"],
     "score.py": ["--vocab", "512", "--hidden", "64", "--layers", "1", "--seq_length", "32", "--rounds", "1"],
-    "data.py": ["--vocab", "512", "--megabytes", "0.5", "--rounds", "1"],
-    "think_rate.py": ["--documents", "512", "--rounds", "1"],
+    "data.py": ["--documents", "200", "--vocab", "512", "--megabytes", "0.5", "--rounds", "1", "--memory", "0.2"],
 }
 
 

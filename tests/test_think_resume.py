@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,28 @@ def test_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "journal" / "00000.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
     with Journal(tmp_path, 0) as journal:
-        assert journal.done == {(0, 1), (0, 2)} and not journal.is_finished
+        assert [(0, line) in journal for line in range(5)] == [False, True, True, False, False]
+        assert (1, 1) not in journal and not journal.is_finished
         journal.add((0, 3), "thoughts", b'{"id": "again"}')
         journal.publish()
         assert journal.is_finished and journal.counts() == {"thoughts": 2, "bad_request": 1}
     assert [thought["id"] for thought in thoughts(tmp_path)] == ["a", "again"]
     assert [rejected["id"] for rejected in rejects(tmp_path)] == ["b"] and not path.exists()
+
+
+def test_a_journal_takes_little_memory_for_a_record(tmp_path):
+    records = 20_000
+    tracemalloc.start()
+    try:
+        with Journal(tmp_path, 0) as journal:
+            for line in reversed(range(1, records + 1)):
+                journal.add((0, line), "thoughts", b'{"id": "%d"}' % line)
+            journal.publish()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [int(thought["id"]) for thought in thoughts(tmp_path)] == list(range(1, records + 1))
+    assert peak < 120 * records
 
 
 def test_two_processes_do_not_share_a_part(tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ class Think:
                 digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=10).digest()
                 item = _Item(name, record, digest in seen)
                 seen.add(digest)
-            if position not in journal.done:
+            if position not in journal:
                 yield position, item
 
     def _id(self, document: Document, file: InputFile) -> str:

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy
+
 from megatron_ptrl.errors import InputError
 
 Position = tuple[int, int]
@@ -38,8 +40,9 @@ class Journal:
             "rejects": output / "rejects" / f"generate-{part:05d}.jsonl",
             "thoughts": output / "thoughts" / f"{part:05d}.jsonl",
         }
-        self.done: set[Position] = set()
-        """What an earlier run had finished."""
+        self._done: dict[int, bytearray] = {}
+        self._index = array("q")
+        self._end = 0
         self._stream: BinaryIO
 
     @property
@@ -55,11 +58,9 @@ class Journal:
         if self.is_finished:
             # By another process that was also told to; opening made the journal anew.
             self._path.unlink(missing_ok=True)
-        end = 0
-        for _, position, offset, length in self._entries():
-            self.done.add(position)
-            end = offset + length
-        self._stream.truncate(end)
+        for kind, position, offset, length in self._entries():
+            self._note(kind, position, offset, length)
+        self._stream.truncate(self._end)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -77,27 +78,41 @@ class Journal:
                     raise InputError(f"{self._path}: another process is at it; wait for it to end") from None
                 time.sleep(0.1)
 
+    def __contains__(self, position: Position) -> bool:
+        """Whether the record has its outcome."""
+        file, line = position
+        done = self._done.get(file, b"")
+        return line < len(done) and done[line] == 1
+
+    def _note(self, kind: str, position: Position, offset: int, length: int) -> None:
+        # 40 bytes for a record where tuples in a list are 250: a part of one large file may have millions.
+        file, line = position
+        done = self._done.setdefault(file, bytearray())
+        if line >= len(done):
+            done.extend(bytes(line + 1 - len(done)))
+        done[line] = 1
+        self._index.extend((file, line, KINDS.index(kind), offset, length))
+        self._end = offset + length + 1
+
     def add(self, position: Position, kind: str, line: bytes) -> None:
         """Keep the outcome of one document: `line` is JSON without a line end. It survives a kill of this process."""
-        self._stream.write(b"%d %d %s\t%s\n" % (*position, kind.encode(), line))
+        head = b"%d %d %s\t" % (*position, kind.encode())
+        self._stream.write(b"%s%s\n" % (head, line))
         self._stream.flush()
+        self._note(kind, position, self._end + len(head), len(line))
 
     def publish(self) -> None:
         """Write thoughts, rejects and counts, in the order of the input, and drop the journal."""
-        os.fsync(self._stream.fileno())
-        order, places = [], array("q")
-        for kind, position, offset, length in self._entries():
-            order.append((position, len(places) // 3))
-            places.extend((KINDS.index(kind), offset, length))
-        order.sort()
+        journal = self._stream.fileno()
+        os.fsync(journal)
+        index = numpy.frombuffer(self._index, dtype=numpy.int64).reshape(-1, 5)
         counts: Counter[str] = Counter()
         temporary = {kind: path.with_suffix(".tmp") for kind, path in self._final.items()}
-        streams = {kind: path.open("wb") for kind, path in temporary.items()}
-        for _, index in order:
-            number, offset, length = places[3 * index : 3 * index + 3]
-            self._stream.seek(offset)
-            line = self._stream.read(length).partition(b"\t")[2]
-            streams[KINDS[number]].write(line)
+        streams = {kind: path.open("wb", buffering=1 << 17) for kind, path in temporary.items()}
+        for row in numpy.lexsort((index[:, 1], index[:, 0])):
+            number, offset, length = index[row, 2:].tolist()
+            line = os.pread(journal, length, offset)
+            streams[KINDS[number]].write(line + b"\n")
             counts["thoughts" if KINDS[number] == "thoughts" else json.loads(line)["reason"]] += 1
         self._counts.write_text(json.dumps(dict(sorted(counts.items()))) + "\n")
         for kind in ("rejects", "thoughts"):
@@ -115,13 +130,13 @@ class Journal:
         return Counter(json.loads(self._counts.read_text()))
 
     def _entries(self) -> Iterator[tuple[str, Position, int, int]]:
-        """(kind, position, offset, length) of each whole line."""
+        """(kind, position, offset, length) of each whole line's JSON, without the line end."""
         self._stream.seek(0)
-        offset = 0
+        begin = 0
         for line in self._stream:
-            head, tab, _ = line.partition(b"\t")
+            head, tab, content = line.partition(b"\t")
             words = head.split(b" ")
             if not tab or not line.endswith(b"\n") or len(words) != 3 or words[2].decode() not in KINDS:
                 return
-            yield words[2].decode(), (int(words[0]), int(words[1])), offset, len(line)
-            offset += len(line)
+            yield words[2].decode(), (int(words[0]), int(words[1])), begin + len(head) + 1, len(content) - 1
+            begin += len(line)

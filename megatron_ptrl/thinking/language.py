@@ -6,6 +6,7 @@ formulas, another language) is just "latin", and text without letters is None: n
 
 import re
 from collections import Counter
+from itertools import chain
 
 LETTERS = {
     "han": "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0002ffff",
@@ -36,6 +37,9 @@ _WEIGHTS = {"han": 4, "kana": 2, "hangul": 3}
 _LETTER = {script: re.compile(f"[{blocks}]") for script, blocks in LETTERS.items()}
 _LATIN = re.compile("[a-zA-Z\u00c0-\u024f]")
 _WORD = re.compile(r"[^\W\d_]+")
+_ASCII = re.compile("[\0-\x7f]+")
+# In ASCII these and a split find the same words in a third of the time.
+_NO_LETTERS = str.maketrans({character: " " for character in map(chr, range(128)) if not character.isalpha()})
 _LANGUAGES_OF: dict[str, list[str]] = {}
 for _language, _words in SMALL_WORDS.items():
     for _word in _words.split():
@@ -62,10 +66,10 @@ def language_of(text: str) -> str | None:
     script = "latin" if text.isascii() else _script_of(text)
     if script != "latin":
         return script
-    words = _WORD.findall(text.lower())
+    words = text.lower().translate(_NO_LETTERS).split() if text.isascii() else _WORD.findall(text.lower())
     if len(words) < MIN_WORDS:
         return "latin" if words else None
-    counts = Counter(language for word in words for language in _LANGUAGES_OF.get(word, ()))
+    counts = Counter(chain.from_iterable(_LANGUAGES_OF[word] for word in words if word in _LANGUAGES_OF))
     ((first, most), (_, next_most)) = (counts.most_common(2) + [("", 0), ("", 0)])[:2]
     if most < MIN_SHARE * len(words) or most < MIN_LEAD * next_most:
         return "latin"
@@ -74,7 +78,8 @@ def language_of(text: str) -> str | None:
 
 
 def _script_of(text: str) -> str | None:
-    counts = {script: _WEIGHTS.get(script, 1) * len(letter.findall(text)) for script, letter in _LETTER.items()}
+    rest = _ASCII.sub("", text)
+    counts = {script: _WEIGHTS.get(script, 1) * len(letter.findall(rest)) for script, letter in _LETTER.items()}
     # A Japanese sentence has as many kanji as kana, a Chinese one no kana at all.
     if counts["kana"] > 0.1 * counts["han"]:
         counts["kana"] += counts.pop("han")
