@@ -24,9 +24,11 @@ FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags")
 class StubServer:
     """The server's process; a context."""
 
+    script = __file__
+
     def __init__(self, log: Path, *flags: str) -> None:
         self._log = log
-        command = [sys.executable, "-S", __file__, str(log), *flags]
+        command = [sys.executable, "-S", self.script, str(log), *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         self.port = int(self.process.stdout.readline())

@@ -95,11 +95,17 @@ def thinking_of(reply: Reply, untagged: str) -> str:
     """
     if reply.thinking is not None:
         return reply.thinking.strip()
-    _, opened, behind = reply.text.partition(OPEN)
-    inside, closed, _ = (behind if opened else reply.text).partition(CLOSE)
+    inside, closed, _ = reply.text.partition(CLOSE)
+    before, opened, behind = inside.partition(OPEN)
     if not (opened or closed) and untagged == "reject":
         raise GenerationError("no_thinking", f"neither tags nor reasoning_content in the reply: {reply.text[:100]!r}")
-    return inside.strip()
+    return (behind if opened else before).strip()
+
+
+def finish_of(reply: Reply) -> str:
+    """The reply's finish_reason, of which "length" is left for thinking that was cut off, not an answer behind it."""
+    answered = reply.thinking is not None and reply.text.strip() not in ("", reply.thinking.strip())
+    return "stop" if reply.finish_reason == "length" and (answered or CLOSE in reply.text) else reply.finish_reason
 
 
 class Think:
@@ -193,7 +199,7 @@ class Think:
             thinking=thinking_of(reply, sampling.untagged),
             model=reply.model,
             prompt=self._template.name,
-            finish_reason=reply.finish_reason,
+            finish_reason=finish_of(reply),
             prompt_tokens=reply.prompt_tokens,
             thinking_tokens=reply.completion_tokens,
             seed=seed,
