@@ -70,7 +70,8 @@ def read_part(files: Iterable[InputFile], text_field: str) -> Iterator[tuple[Pos
     for number, file in enumerate(files):
         unreadable = _Unreadables()
         try:
-            with fsspec.open(file.path, "rb") as raw:
+            # A local name may hold what means something in a URL.
+            with fsspec.open(file.path, "rb") if "://" in file.path else open(file.path, "rb") as raw:
                 for document, _ in read_stream(file.path, raw, file.size, text_field, unreadable, with_fields=True):
                     yield from (((number, bad.line), bad) for bad in unreadable.found)
                     unreadable.found.clear()
