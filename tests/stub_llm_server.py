@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -37,6 +38,10 @@ class StubServer:
     def answered(self) -> Sequence[str]:
         """First words of the documents that were answered, in order."""
         return self._log.read_text().split()
+
+    def forget(self) -> None:
+        """Start the list of answers anew."""
+        os.truncate(self._log, 0)
 
     def kill(self) -> None:
         """As a crash would."""
