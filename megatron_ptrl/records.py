@@ -20,15 +20,17 @@ GENERATE_REASONS = (
 )
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, allow_nan=False)
 
 
 def to_line(record: dict[str, Any]) -> bytes:
-    """`record` as a line of a JSONL file, without its end; what JSON lacks (dates, bytes) becomes its text."""
+    """`record` as a line of a JSONL file, without its end; what JSON lacks (dates, bytes) becomes text, NaN null."""
     try:
         return _ENCODER.encode(record).encode("utf-8")
     except UnicodeEncodeError:  # a lone surrogate, which only an escape can write
         return json.dumps(record, default=str).encode("ascii")
+    except ValueError:  # NaN or an infinity, which Python writes and most others refuse to read
+        return to_line(json.loads(json.dumps(record, default=str), parse_constant=lambda name: None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -25,9 +26,11 @@ LIKE = ("plain", "vllm", "vllm_older", "vllm_unparsed", "sglang", "sglang_unpars
 class StubServer:
     """The server's process; a context."""
 
+    script = __file__
+
     def __init__(self, log: Path, *flags: str) -> None:
         self._log = log
-        command = [sys.executable, "-S", __file__, str(log), *flags]
+        command = [sys.executable, "-S", self.script, str(log), *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         self.port = int(self.process.stdout.readline())
@@ -36,6 +39,10 @@ class StubServer:
     def answered(self) -> Sequence[str]:
         """First words of the documents that were answered, in order."""
         return self._log.read_text().split()
+
+    def forget(self) -> None:
+        """Start the list of answers anew."""
+        os.truncate(self._log, 0)
 
     def kill(self) -> None:
         """As a crash would."""

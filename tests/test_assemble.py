@@ -222,6 +222,8 @@ def test_killed_at_any_time_and_repeated_by_the_same_command(single, tokenizer, 
         while not (written.exists() and (moment == 0 or written.stat().st_size > 200_000)):
             assert process.poll() is None
             time.sleep(0.005)
+        with pytest.raises(InputError, match="another process is writing it"):
+            run(AssembleConfig(input=[str(source)], output=prefix, tokenizer=tokenizer))
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not {path.name for path in tmp_path.iterdir()} & {"train.bin", "train.idx", "train.json"}

@@ -88,4 +88,6 @@ def test_constraints_are_exact_and_split_by_python_version():
 
 def test_pyproject_has_lower_bounds_only():
     for text in requirements():
-        assert re.fullmatch(r"[\w.-]+(\[\w+\])?>=[\d.]+(; (sys_platform == 'linux'|python_version >= '3.11'))?", text), text
+        assert re.fullmatch(
+            r"[\w.-]+(\[\w+\])?>=[\d.]+(; (sys_platform == 'linux'|python_version >= '3.11'))?", text
+        ), text

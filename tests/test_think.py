@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import fsspec
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from stub_llm_server import StubServer
-from think_runs import rejects, think_config, thoughts
+from think_runs import rejects, think_config, thoughts, write_corpus
 
 from megatron_ptrl.__main__ import main
 from megatron_ptrl.data.tokenizer import Tokenizer, train_tokenizer
@@ -19,7 +20,8 @@ from megatron_ptrl.errors import InputError
 from megatron_ptrl.records import Thought
 from megatron_ptrl.thinking.generate_stage import seed_of, thinking_of
 from megatron_ptrl.thinking.generators import GenerationError, Reply, make_generator
-from megatron_ptrl.thinking.pipeline import run
+from megatron_ptrl.thinking.language import LETTERS
+from megatron_ptrl.thinking.pipeline import list_inputs, run
 from megatron_ptrl.thinking.prompts import BUILT_IN, MARKER, load_template, make_cut, mark
 
 
@@ -56,6 +58,7 @@ ODD = [
     b'{"id": "field", "text": "field", "note": "\\ud800"}',
     b'{"id": "hole", "text": "hole {{CONTEXT}} {{field:note}}"}',
     b'{"text": "nameless"}',
+    b'{"id": "nan", "text": "nan", "score": NaN, "far": [-Infinity], "note": "\\ud800"}',
 ]
 
 
@@ -67,12 +70,15 @@ def test_odd_documents_are_done_or_rejected(tmp_path):
         run(think_config([source], tmp_path / "out", [server.url]))
         asked = server.answered()
     texts = {thought["id"]: thought["text"] for thought in thoughts(tmp_path / "out")}
-    assert list(texts) == ["a", "tag", "control", "latin", "7", "field", "hole", "in.jsonl:12", "large"]
+    assert list(texts) == ["a", "tag", "control", "latin", "7", "field", "hole", "in.jsonl:12", "nan", "large"]
     assert texts["large"] == large and texts["control"] == "control \x00\x07\u2028 \r\n\t"
     assert texts["latin"].endswith("العربية 🙂") and texts["a"] == "a first"
     metadata = {thought["id"]: thought["metadata"] for thought in thoughts(tmp_path / "out")}
     assert metadata["tag"] == {"domain": "law", "year": 2020} and metadata["field"] == {"note": "\ud800"}
-    assert sorted(asked) == sorted(["a", "tag", "control", "latin", "number", "field", "hole", "nameless", "large"])
+    assert metadata["nan"] == {"score": None, "far": [None], "note": "\ud800"}
+    assert sorted(asked) == sorted(
+        ["a", "tag", "control", "latin", "number", "field", "hole", "nameless", "nan", "large"]
+    )
     found = [(rejected["id"], rejected["reason"], rejected["document"]) for rejected in rejects(tmp_path / "out")]
     assert found == [
         ("in.jsonl:2", "unreadable", None),
@@ -91,7 +97,11 @@ def test_every_kind_of_file_and_a_remote_folder(tmp_path):
     (folder / "sub").mkdir(parents=True)
     (folder / "a.txt").write_text("plain text")
     (folder / "sub" / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n'))
-    table = pyarrow.table({"text": ["row", None], "domain": ["maths", "law"], "id": ["p", "q"]})
+    (folder / "e::f[1].jsonl").write_text('{"text": "name"}\n')
+    times = pyarrow.array([[1], [2]], pyarrow.list_(pyarrow.timestamp("ns")))
+    spans = pyarrow.StructArray.from_arrays([pyarrow.array([2**62] * 2, pyarrow.timestamp("us"))], ["end"])
+    columns = {"text": ["row", None], "domain": ["maths", "law"], "id": ["p", "q"], "times": times, "span": spans}
+    table = pyarrow.table(columns)
     pyarrow.parquet.write_table(table, folder / "c.parquet")
     with fsspec.open("memory://corpus/x/d.jsonl", "wb") as stream:
         stream.write(b'{"text": "remote"}\n')
@@ -101,7 +111,8 @@ def test_every_kind_of_file_and_a_remote_folder(tmp_path):
     found = [(thought["id"], thought["text"], thought["metadata"]) for thought in thoughts(tmp_path / "out")]
     assert found == [
         ("a.txt:1", "plain text", {}),
-        ("p", "row", {"domain": "maths"}),
+        ("p", "row", {"domain": "maths", "times": [1], "span": {"end": 2**62}}),
+        ("e::f[1].jsonl:1", "name", {}),
         ("sub/b.jsonl.gz:1", "packed", {}),
         ("x/d.jsonl:1", "remote", {}),
     ]
@@ -166,12 +177,15 @@ def test_the_marker_stands_before_a_word(text, seed):
     marked = mark(text, seed)
     assert marked == mark(text, seed) and marked.replace(MARKER + " ", "", 1) == text
     before, _, behind = marked.partition(MARKER + " ")
-    assert not text.strip() or not (behind[0].isspace() or (before and not before[-1].isspace()))
+    assert not text.strip() or not behind[0].isspace()
+    unspaced = re.compile(f"[{LETTERS['han']}{LETTERS['kana']}]")
+    assert not (before and text.strip()) or before[-1].isspace() or unspaced.search(before[-1] + behind[0])
 
 
 def test_the_marker_is_anywhere():
     text = " ".join("abcdefghij")
     assert {mark(text, seed).index(MARKER) for seed in range(200)} == {2 * i for i in range(10)}
+    assert {mark("没有空格的句子", seed).index(MARKER) for seed in range(99)} == set(range(7))
 
 
 @given(st.text(), st.integers(1, 20))
@@ -211,11 +225,24 @@ def test_the_templates_fill_their_holes(tmp_path):
     assert template.name.startswith("mine@")
     with pytest.raises(GenerationError, match="missing_field: the prompt mine@.* needs a field 'year'"):
         template.messages("x", {}, cut, 0)
+    with pytest.raises(GenerationError, match="unreadable: lone surrogate in the field 'year'"):
+        template.messages("x", {"year": ["\ud800", 1][0]}, cut, 0)
+    own.write_bytes(b"\xef\xbb\xbf{{field:my-note 2}}\r\nend")
+    assert load_template(str(own)).messages("x", {"my-note 2": {"a": 1}}, make_cut(9, None), 0)[0] == {
+        "role": "user",
+        "content": "{'a': 1}\nend",
+    }
 
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{{CONTXT}}", "unknown placeholder CONTXT"), ("no hole", "no placeholder"), (None, "expected one of")],
+    [
+        ("{{CONTEXT}} and {{ FOCUS_CONTEXT }}", "unknown placeholder {{ FOCUS_CONTEXT }}"),
+        ("{{CONTEXT}} and {field:x}", "unknown placeholder {field:x}"),
+        ("{{CONTXT}}", "unknown placeholder CONTXT"),
+        ("no hole", "no placeholder"),
+        (None, "expected one of"),
+    ],
 )
 def test_a_template_that_cannot_be_filled(text, message, tmp_path):
     path = tmp_path / "mine.txt"
@@ -232,6 +259,16 @@ def test_a_missing_field_rejects_the_document(tmp_path):
         run(think_config([source], tmp_path / "out", [server.url], prompt="back_thinking"))
     assert [thought["id"] for thought in thoughts(tmp_path / "out")] == ["q"]
     assert [(rejected["id"], rejected["reason"]) for rejected in rejects(tmp_path / "out")] == [("r", "missing_field")]
+
+
+def test_an_output_within_the_input_is_no_input_of_the_next_call(tmp_path):
+    write_corpus(tmp_path / "in.jsonl", 3)
+    with StubServer(tmp_path / "log") as server:
+        for _ in range(2):
+            run(think_config([tmp_path], tmp_path / "out", [server.url]))
+        assert len(thoughts(tmp_path / "out")) == len(server.answered()) == 3
+    with pytest.raises(InputError, match="lies in the output folder"):
+        list_inputs([f"file://{tmp_path}/out/thoughts"], tmp_path / "out")
 
 
 def test_an_unknown_generator_is_named():

@@ -2,8 +2,15 @@
 
 import json
 import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +135,114 @@ def test_a_journal_takes_little_memory_for_a_record(tmp_path):
         tracemalloc.stop()
     assert [int(thought["id"]) for thought in thoughts(tmp_path)] == list(range(1, records + 1))
     assert peak < 120 * records
+
+
+def test_killed_between_the_last_rename_and_the_end_of_the_journal(corpus, undisturbed, tmp_path, monkeypatch):
+    config = {"part_megabytes": 0.004} | ASSEMBLED
+    with StubServer(tmp_path / "log", "--fault", "400", "--every", "100000") as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(Journal, "drop_leftover", lambda self: None)
+            run(think_config([corpus], tmp_path / "out", [server.url], **config))
+        assert len(list((tmp_path / "out" / "journal").glob("*[0-9].jsonl"))) == 3
+        run(think_config([corpus], tmp_path / "out", [server.url], **config))
+        assert len(server.answered()) == DOCUMENTS - 1
+    assert contents(tmp_path / "out") == undisturbed
+    assert not list((tmp_path / "out" / "journal").glob("*[0-9].jsonl"))
+
+
+@pytest.mark.parametrize(
+    "tail", [b"0 3 thou", b"\xff\x00\x00 1 thoughts\t{}\n", b"0 x rejects\t{}\n", b"\n", b"0 3 thoughts\t{"]
+)
+def test_what_a_crash_left_behind_the_last_line_is_dropped(tail, tmp_path):
+    with Journal(tmp_path, 0) as journal:
+        journal.add((0, 1), "thoughts", b'{"id": "a"}')
+    path = tmp_path / "journal" / "00000.jsonl"
+    path.write_bytes(path.read_bytes() + tail)
+    with Journal(tmp_path, 0) as journal:
+        assert (0, 1) in journal and (0, 3) not in journal
+        journal.add((0, 3), "thoughts", b'{"id": "c"}')
+        journal.publish()
+    assert [thought["id"] for thought in thoughts(tmp_path)] == ["a", "c"]
+
+
+def _limited(config: ThinkConfig, size: int, told: Any) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        run(config)
+    except InputError as error:
+        told.put(str(error))
+
+
+# A document's line has about 300 bytes, a part 30 of them.
+@pytest.mark.parametrize("size", [10, 7_000])
+def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_where_it_was(size, corpus, undisturbed, tmp_path):
+    with StubServer(tmp_path / "log", "--fault", "400", "--every", "100000") as server:
+        config = think_config([corpus], tmp_path / "out", [server.url], part_megabytes=0.004, **ASSEMBLED)
+        run(replace(config, output=str(tmp_path / "plan"), then_assemble=False))
+        server.forget()
+        context = multiprocessing.get_context("fork")
+        told = context.Queue()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "plan.json").write_bytes((tmp_path / "plan" / "plan.json").read_bytes())
+        process = context.Process(target=_limited, args=(config, size, told))
+        process.start()
+        message = told.get(timeout=30)
+        process.join()
+        assert (
+            "File too large; what is done is kept" in message
+            and (size < 100) == (not server.answered())
+            and "\n" not in message
+        )
+        run(config)
+        assert len(server.answered()) <= DOCUMENTS - 1 + config.server.in_flight
+    assert contents(tmp_path / "out") == undisturbed and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_thoughts_that_cannot_be_written_are_written_later(tmp_path):
+    with (
+        pytest.raises(InputError, match="00000.jsonl: Is a directory; what is done is kept"),
+        Journal(tmp_path, 0) as journal,
+    ):
+        journal.add((0, 1), "thoughts", b'{"id": "a"}')
+        (tmp_path / "thoughts" / "00000.tmp").mkdir()
+        journal.publish()
+    (tmp_path / "thoughts" / "00000.tmp").rmdir()
+    with Journal(tmp_path, 0) as journal:
+        assert (0, 1) in journal and (0, 3) not in journal
+        journal.publish()
+    assert [thought["id"] for thought in thoughts(tmp_path)] == ["a"]
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_not_the_work(corpus, undisturbed, tmp_path):
+    with StubServer(tmp_path / "log", "--latency", "0.02", "--fault", "400", "--every", "100000") as server:
+        config = think_config(
+            [corpus], tmp_path / "out", [server.url], part_megabytes=0.004, in_flight=2, tasks=2, workers=2, **ASSEMBLED
+        )
+        code = "import sys, pickle, megatron_ptrl.thinking.pipeline as p; p.run(pickle.loads(sys.stdin.buffer.read()))"
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdin.write(pickle.dumps(config))
+        process.stdin.close()
+        while len(server.answered()) < 20:
+            assert process.poll() is None
+            time.sleep(0.01)
+        holders = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _holds(pid, tmp_path / "out")]
+        assert holders and process.pid not in holders
+        os.kill(holders[0], signal.SIGKILL)
+        assert process.wait(timeout=60) == 1
+        assert b"ended with exit code -9" in process.stderr.read()
+        process.stderr.close()
+        run(config)
+        assert len(server.answered()) <= DOCUMENTS - 1 + 4
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def _holds(pid: int, folder: Path) -> bool:
+    """Whether the process has a file of the folder open."""
+    try:
+        return any(os.readlink(link).startswith(f"{folder}/") for link in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
 
 
 def test_two_processes_do_not_share_a_part(tmp_path, monkeypatch):

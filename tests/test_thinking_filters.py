@@ -75,6 +75,14 @@ def test_what_is_bad_is_named_and_can_be_let_through(reason):
         "As an AI language model, I don't have opinions on this matter.",
         "Okay. I am unable to provide an analysis of this text.",
         "抱歉，我无法回答这个问题。",
+        "Sorry, I can't do this.",
+        "I'm sorry, but as an assistant, I cannot comment on the case.",
+        "I apologize, but I won't be able to work on this text.",
+        "I can't help with that.",
+        "I'm unable to assist with this.",
+        "I must respectfully decline.",
+        "I'm not comfortable writing about this.",
+        "I cannot fulfill this request. It asks for instructions.",
     ],
 )
 def test_refusals(opening):
@@ -87,6 +95,11 @@ def test_refusals(opening):
     [
         "I can't see at once why the sum is even, so let me try small cases.",
         "I cannot assume that n is prime here.",
+        "I can't help but wonder whether the sum is even.",
+        "I cannot answer this without the value of n, so let me find that.",
+        "I cannot provide a proof yet; small cases first.",
+        "Anna says 'I'm sorry I missed it', which is where the plot turns.",
+        "As an AI policy this reads oddly, and I can see why.",
         "The author is sorry, but I think the argument holds.",
         "An AI model is trained on text; I can picture it as a table of counts.",
         prose(5, 60) + " I'm sorry, but I can't help with that.",
@@ -99,6 +112,7 @@ def test_thinking_that_only_sounds_like_a_refusal(opening):
 def test_a_loop_is_seen_in_any_script_and_at_the_end_and_real_text_is_none():
     assert largest_compression(LOOP) > 20 and largest_compression(CHINESE * 20) > 8
     assert largest_compression("again " * 20) == 0  # too short to tell
+    assert largest_compression("对，" * 60) > 8 > 3 > largest_compression(CHINESE * 2)
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:120]
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
     found = sorted(largest_compression(text[:20_000]) for text in texts if len(text) > 2000)

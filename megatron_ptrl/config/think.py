@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from megatron_ptrl.config.assemble import AssembleConfig
 from megatron_ptrl.config.checks import require
+from megatron_ptrl.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +139,17 @@ class ThinkConfig:
             "assemble.input and assemble.output follow from output; set that, or use `ptrl assemble`",
         )
         for url in self.servers:
-            parts = urlsplit(url)
+            try:
+                parts, _ = urlsplit(url), urlsplit(url).port
+            except ValueError as error:
+                raise InputError(f"servers: {_bare(url)}: {error}") from None
             require(parts.scheme in ("http", "https") and bool(parts.hostname), f"servers: {_bare(url)} is no URL")
             require(
-                "@" not in parts.netloc and not parts.query,
+                "@" not in parts.netloc and not parts.query and not parts.fragment,
                 f"servers: {_bare(url)} carries credentials or a query; put the key into {self.server.api_key_env}",
             )
 
 
 def _bare(url: str) -> str:
     """Without what may be a secret."""
-    return url.partition("?")[0].rpartition("@")[2]
+    return url.partition("?")[0].partition("#")[0].rpartition("@")[2]

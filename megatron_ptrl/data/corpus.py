@@ -256,7 +256,7 @@ def _read_parquet(
                 row += 1
                 try:
                     value = scalar.as_py()
-                    fields = {other: batch.column(other)[index].as_py() for other in others}
+                    fields = {other: _value_of(batch.column(other)[index]) for other in others}
                 except UnicodeDecodeError:
                     rejects.add(name, row, "invalid UTF-8")
                     continue
@@ -266,6 +266,18 @@ def _read_parquet(
                     rejects.add(name, row, f"field {text_field!r} is not a string")
     except pyarrow.ArrowException as error:
         raise InputError(f"{name}: damaged Parquet after row {row} ({error})") from error
+
+
+def _value_of(scalar: Any) -> Any:
+    """As Python has it; a time that it cannot hold (nanoseconds, the year 9,999,999) as the number that is stored."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError):
+        if hasattr(scalar, "keys"):
+            return {name: _value_of(value) for name, value in scalar.items()}
+        return list(map(_value_of, scalar.values)) if hasattr(scalar, "values") else scalar.value
 
 
 def _import_extra(package: str, name: str) -> Any:

@@ -4,6 +4,7 @@ Everything is written under PREFIX.*.tmp and renamed at the end, the index last:
 complete `.bin`. A run that was killed is repeated by the same command, which starts over.
 """
 
+import fcntl
 import multiprocessing
 import os
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from tqdm import tqdm
 
@@ -46,7 +47,29 @@ def prepare_output(output: str, files: list[Path]) -> dict[str, Path]:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output {output}: {error.strerror}: {error.filename}") from error
-    return {suffix: Path(output + suffix + ".tmp") for suffix in (*PUBLISHED, REJECTS)}
+    temporary = {suffix: Path(output + suffix + ".tmp") for suffix in (*PUBLISHED, REJECTS)}
+    _lock(output, temporary[".bin"])
+    return temporary
+
+
+# The lock of a prefix goes with this process, or with the next output of the same prefix.
+_locks: dict[str, BinaryIO] = {}
+
+
+def _lock(output: str, path: Path) -> None:
+    """Keep other processes from writing the same temporary files, which would mix both."""
+    prefix = os.path.realpath(output)
+    if prefix in _locks:
+        _locks.pop(prefix).close()
+    try:
+        stream = path.open("ab")
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise InputError(f"output {output}: another process is writing it; wait for it to end") from None
+    except OSError as error:
+        raise InputError(f"output {output}: {error.strerror}: {path}") from error
+    _locks[prefix] = stream
 
 
 def publish(output: str, temporary: Mapping[str, Path]) -> None:

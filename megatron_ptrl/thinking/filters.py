@@ -29,11 +29,18 @@ REASONS = (
 
 # What a model says first when it will not do it. Only the opening counts: thinking may well discuss refusals.
 REFUSAL_CHARACTERS = 200
+_CANNOT = r"(?:can't|cannot|can not|won't|will not|(?:am|'m) (?:unable|not able) to|won't be able to|must decline to)"
 _REFUSAL = re.compile(
-    r"\b(?:I(?:'m| am) (?:really |very |truly )?sorry,? (?:but )?(?:I|that|as)\b"
-    r"|I (?:can't|cannot|can not|won't|will not|am unable to|'m unable to|am not able to|'m not able to) "
-    r"(?:help|assist|comply|fulfil|provide|do that|engage|continue|create|generate|discuss|answer|process)"
-    r"|as an? (?:AI|artificial intelligence|(?:large )?language model)\b[^.]{0,40}\bI (?:can|don't|do not|am))"
+    rf"\b(?:sorry|apologi[sz]e|unfortunately)\b[,.]? (?:but )?(?:as an? \w+(?: \w+)?,? )?I ?{_CANNOT}"
+    # "I cannot help but wonder" is none.
+    rf"|\bI ?{_CANNOT} (?:help|assist)(?: you)?(?: with\b|[.,!]|$)"
+    rf"|\bI ?{_CANNOT} (?:comply|engage|fulfil|do that\b)"
+    # Nor is what cannot be said yet, or cannot be said without a step before it.
+    rf"|\bI ?{_CANNOT} (?:provide|continue|create|generate|discuss|answer|process)\b"
+    r"(?![^.]{0,80}\b(?:without|until|unless|yet|before|directly|at once|by itself|alone)\b)"
+    r"|\bI (?:must|have to) (?:respectfully )?decline\b|\bI(?:'m| am) not comfortable (?:with|\w+ing)\b"
+    r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model)\b"
+    r"[^.]{0,40}\bI (?:can't|cannot|do not|don't|am)"
     r"|(?:抱歉|对不起)[,，]?\s*(?:但)?我(?:无法|不能)|我(?:无法|不能)(?:提供|回答|协助|满足)",
     re.IGNORECASE,
 )
@@ -41,7 +48,7 @@ _REFUSAL = re.compile(
 # A loop at the end of long thinking is lost in the whole of it, so the end is looked at by itself.
 TAIL_CHARACTERS = 2000
 # Below this the compressor's own header and tables count as much as the text.
-MIN_LOOP_CHARACTERS = 200
+MIN_LOOP_BYTES = 200
 
 # Pieces of the thinking that are looked up in the document: longer than a term or a title that one may well repeat.
 PROBE_CHARACTERS = 48
@@ -85,9 +92,9 @@ def _is_utf8(text: str) -> bool:
 
 def largest_compression(text: str) -> float:
     """How many times smaller zlib makes the UTF-8 bytes of `text`, or of its end; the larger. 0 for a short text."""
-    if len(text) < MIN_LOOP_CHARACTERS:
-        return 0.0
     parts = [text.encode("utf-8")]
+    if len(parts[0]) < MIN_LOOP_BYTES:
+        return 0.0
     if len(text) > TAIL_CHARACTERS:
         parts.append(text[-TAIL_CHARACTERS:].encode("utf-8"))
     return max(len(part) / len(zlib.compress(part, 1)) for part in parts)

@@ -70,7 +70,8 @@ def read_part(files: Iterable[InputFile], text_field: str) -> Iterator[tuple[Pos
     for number, file in enumerate(files):
         unreadable = _Unreadables()
         try:
-            with fsspec.open(file.path, "rb") as raw:
+            # A local name may hold what means something in a URL.
+            with fsspec.open(file.path, "rb") if "://" in file.path else open(file.path, "rb") as raw:
                 for document, _ in read_stream(file.path, raw, file.size, text_field, unreadable, with_fields=True):
                     yield from (((number, bad.line), bad) for bad in unreadable.found)
                     unreadable.found.clear()
@@ -95,11 +96,17 @@ def thinking_of(reply: Reply, untagged: str) -> str:
     """
     if reply.thinking is not None:
         return reply.thinking.strip()
-    _, opened, behind = reply.text.partition(OPEN)
-    inside, closed, _ = (behind if opened else reply.text).partition(CLOSE)
+    inside, closed, _ = reply.text.partition(CLOSE)
+    before, opened, behind = inside.partition(OPEN)
     if not (opened or closed) and untagged == "reject":
         raise GenerationError("no_thinking", f"neither tags nor reasoning_content in the reply: {reply.text[:100]!r}")
-    return inside.strip()
+    return (behind if opened else before).strip()
+
+
+def finish_of(reply: Reply) -> str:
+    """The reply's finish_reason, of which "length" is left for thinking that was cut off, not an answer behind it."""
+    answered = reply.thinking is not None and reply.text.strip() not in ("", reply.thinking.strip())
+    return "stop" if reply.finish_reason == "length" and (answered or CLOSE in reply.text) else reply.finish_reason
 
 
 class Think:
@@ -193,7 +200,7 @@ class Think:
             thinking=thinking_of(reply, sampling.untagged),
             model=reply.model,
             prompt=self._template.name,
-            finish_reason=reply.finish_reason,
+            finish_reason=finish_of(reply),
             prompt_tokens=reply.prompt_tokens,
             thinking_tokens=reply.completion_tokens,
             seed=seed,

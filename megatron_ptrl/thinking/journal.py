@@ -9,9 +9,11 @@ The thoughts get their name last and the journal goes after that: a part with th
 is continued. A kill leaves at most one torn line, which is dropped.
 """
 
+import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from array import array
 from collections import Counter
@@ -27,7 +29,12 @@ Position = tuple[int, int]
 """File of the part, from 0; line or row in it, from 1."""
 
 KINDS = ("thoughts", "rejects")
+_HEAD = re.compile(rb"(\d+) (\d+) (thoughts|rejects)\t")
 SECONDS_FOR_THE_LOCK = 10.0
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: {error.strerror}; what is done is kept, repeat the command when it can be written")
 
 
 class Journal:
@@ -51,9 +58,12 @@ class Journal:
         return self._final["thoughts"].exists()
 
     def __enter__(self) -> "Journal":
-        for path in (self._path, *self._final.values()):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self._path.open("a+b")
+        try:
+            for path in (self._path, *self._final.values()):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._path.open("a+b")
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
         self._lock()
         if self.is_finished:
             # By another process that was also told to; opening made the journal anew.
@@ -64,7 +74,9 @@ class Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stream.close()
+        # What a full disk did not take is tried once more, and may be torn like after a kill.
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
     def _lock(self) -> None:
         # The processes of a run that was killed take a moment to notice.
@@ -97,12 +109,25 @@ class Journal:
     def add(self, position: Position, kind: str, line: bytes) -> None:
         """Keep the outcome of one document: `line` is JSON without a line end. It survives a kill of this process."""
         head = b"%d %d %s\t" % (*position, kind.encode())
-        self._stream.write(b"%s%s\n" % (head, line))
-        self._stream.flush()
+        try:
+            self._stream.write(b"%s%s\n" % (head, line))
+            self._stream.flush()
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
         self._note(kind, position, self._end + len(head), len(line))
 
     def publish(self) -> None:
         """Write thoughts, rejects and counts, in the order of the input, and drop the journal."""
+        try:
+            self._publish()
+        except OSError as error:
+            raise _unwritable(self._final["thoughts"], error) from error
+
+    def drop_leftover(self) -> None:
+        """Remove the journal of a finished part, whose run was killed before it could."""
+        self._path.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
         journal = self._stream.fileno()
         os.fsync(journal)
         index = numpy.frombuffer(self._index, dtype=numpy.int64).reshape(-1, 5)
@@ -123,7 +148,7 @@ class Journal:
                 os.replace(temporary[kind], self._final[kind])
             else:
                 temporary[kind].unlink()
-        self._path.unlink()
+        self.drop_leftover()
 
     def counts(self) -> Counter[str]:
         """Thoughts, and rejects by reason, of a finished part."""
@@ -134,9 +159,8 @@ class Journal:
         self._stream.seek(0)
         begin = 0
         for line in self._stream:
-            head, tab, content = line.partition(b"\t")
-            words = head.split(b" ")
-            if not tab or not line.endswith(b"\n") or len(words) != 3 or words[2].decode() not in KINDS:
+            head = _HEAD.match(line)
+            if not head or not line.endswith(b"\n"):
                 return
-            yield words[2].decode(), (int(words[0]), int(words[1])), begin + len(head) + 1, len(content) - 1
+            yield head[3].decode(), (int(head[1]), int(head[2])), begin + head.end(), len(line) - head.end() - 1
             begin += len(line)

@@ -10,6 +10,7 @@ nothing where all is done; another corpus or other settings are refused, since w
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -30,6 +31,7 @@ import multiprocess
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
+from multiprocess.connection import Connection, wait
 from multiprocess.process import parent_process
 
 from megatron_ptrl.config import ThinkConfig
@@ -55,13 +57,16 @@ def run(config: ThinkConfig) -> None:
     template = load_template(config.prompt)
     make_cut(config.prompt_tokens, config.tokenizer)
     _begin(output, _plan(config, parts, template.name))
-    left = [number for number in range(len(parts)) if not Journal(output, number).is_finished]
+    journals = [Journal(output, number) for number in range(len(parts))]
+    left = [number for number, journal in enumerate(journals) if not journal.is_finished]
     if left:
         _execute(config, parts, left)
     if config.executor.kind == "slurm" and left:
         print(f"{output}: {len(left)} of {len(parts)} parts submitted; repeat the command when they are done")
         return
-    counts = sum((Journal(output, number).counts() for number in range(len(parts))), Counter())
+    for journal in journals:
+        journal.drop_leftover()
+    counts = sum((journal.counts() for journal in journals), Counter())
     print(f"{output}: {counts.pop('thoughts', 0):,} thoughts in {len(parts):,} parts, rejected: {_told(counts)}")
     if config.then_assemble:
         _assemble(config, output)
@@ -85,15 +90,24 @@ def _told(rejected: Counter[str]) -> str:
 
 
 def list_inputs(inputs: list[str], output: Path) -> list[InputFile]:
-    """The files to read, in order. Raises InputError for what is missing, of no known kind, or the output itself."""
+    """The files to read, in order; in a folder, what the output is of is passed over.
+
+    Raises InputError for what is missing, of no known kind, or named and the output itself.
+    """
     found: list[InputFile] = []
+    own = os.path.realpath(output) + os.sep
     for name in inputs:
-        found += _list_remote(name) if "://" in name else _list_local(name)
+        if "://" in name:
+            found += _list_remote(name)
+        else:
+            inside = os.path.isdir(name) and not (os.path.realpath(name) + os.sep).startswith(own)
+            found += [
+                file for file in _list_local(name) if not (inside and os.path.realpath(file.path).startswith(own))
+            ]
     if not found:
         raise InputError(f"no input files in {', '.join(inputs) or 'an empty list'}; expected {' '.join(SUFFIXES)}")
-    own = os.path.realpath(output) + os.sep
     for file in found:
-        if os.path.realpath(file.path).startswith(own):
+        if os.path.realpath(file.path.removeprefix("file://")).startswith(own):
             raise InputError(f"{file.path} is input and lies in the output folder; choose another output")
     return found
 
@@ -146,7 +160,10 @@ def _plan(config: ThinkConfig, parts: list[Part], template: str) -> dict[str, An
 def _begin(output: Path, plan: dict[str, Any]) -> None:
     path = output / "plan.json"
     if path.exists():
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: {error}; expected what `ptrl think` writes there") from error
         different = [name for name in plan if found.get(name) != plan[name]]
         if different:
             raise InputError(f"{output} is of another {', '.join(different)}; remove it, or choose another output")
@@ -202,14 +219,21 @@ class ThinkStep(PipelineStep):
             await generator.close()
 
 
-class _KeyOfParent:
-    """Gives a process the key, which a forkserver's children lack if it was started earlier. Nothing prints it."""
+class _Task:
+    """One task in a process of its own.
 
-    def __init__(self, name: str) -> None:
-        self._name, self._key = name, os.environ.get(name, "")
+    It has the key of its parent, which a forkserver's children lack if that was started earlier. Nothing prints it.
+    """
 
-    def __call__(self) -> None:
-        os.environ[self._name] = self._key
+    def __init__(self, run_for_rank: Callable[[int], object], key_env: str) -> None:
+        self._run_for_rank, self._key = run_for_rank, {key_env: os.environ[key_env]} if key_env in os.environ else {}
+
+    def __call__(self, rank: int, errors: Connection) -> None:
+        os.environ.update(self._key)
+        try:
+            self._run_for_rank(rank)
+        except InputError as error:
+            errors.send(error)
 
 
 class _LocalExecutor(LocalPipelineExecutor):
@@ -223,9 +247,40 @@ class _LocalExecutor(LocalPipelineExecutor):
             for rank in range(self.tasks):
                 self._run_for_rank(rank)
             return
-        with multiprocess.get_context(self.start_method).Pool(self.workers, _KeyOfParent(self.key_env)) as pool:
-            for _ in pool.imap_unordered(self._run_for_rank, range(self.tasks)):
-                pass
+        # Not a Pool, which waits for ever for what a process that was killed had in hand.
+        context = multiprocess.get_context(self.start_method)
+        task, ranks = _Task(self._run_for_rank, self.key_env), iter(range(self.tasks))
+        running: dict[Connection, tuple[Any, int]] = {}
+        try:
+            while True:
+                for rank in itertools.islice(ranks, self.workers - len(running)):
+                    errors, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=task, args=(rank, theirs))
+                    process.start()
+                    theirs.close()
+                    running[errors] = process, rank
+                if not running:
+                    return
+                # An end of file is an end of the process.
+                for errors in wait(list(running)):
+                    _finish(errors, *running.pop(errors))
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+                process.join()
+
+
+def _finish(errors: Connection, process: Any, rank: int) -> None:
+    """Raise what the process of task `rank` died of."""
+    try:
+        raise errors.recv()
+    except EOFError:
+        process.join()
+    if process.exitcode:
+        raise InputError(
+            f"task {rank} ended with exit code {process.exitcode} (-9 when it was killed, as for want of memory); what "
+            "is done is kept, repeat the command"
+        )
 
 
 class _SlurmExecutor(SlurmPipelineExecutor):
@@ -247,14 +302,19 @@ def _execute(config: ThinkConfig, parts: list[Part], left: list[int]) -> None:
     step = ThinkStep(config, parts, left)
     tasks = min(settings.tasks, len(left))
     logs = Path(config.output) / "logs"
-    if settings.kind == "slurm":
-        return _submit(config, step, tasks, logs)
-    # What is left is told by the output itself, not by datatrove's marks.
-    executor = _LocalExecutor(
-        [step], tasks=tasks, workers=min(settings.workers, tasks), logging_dir=str(logs), skip_completed=False
-    )
-    executor.key_env = config.server.api_key_env
-    executor.run()
+    try:
+        if settings.kind == "slurm":
+            return _submit(config, step, tasks, logs)
+        # What is left is told by the output itself, not by datatrove's marks.
+        executor = _LocalExecutor(
+            [step], tasks=tasks, workers=min(settings.workers, tasks), logging_dir=str(logs), skip_completed=False
+        )
+        executor.key_env = config.server.api_key_env
+        executor.run()
+    except OSError as error:
+        raise InputError(
+            f"{config.output}: {error}; what is done is kept, repeat the command when that is mended"
+        ) from error
 
 
 def _submit(config: ThinkConfig, step: ThinkStep, tasks: int, logs: Path) -> None:

@@ -8,17 +8,19 @@ A server that fails three times in a row is out for a second, twice as long afte
 minute; then one request tries it. No probe of its own: /v1/models may fail on a server that generates, and succeed on
 one that does not.
 
-The API key is in no attribute that is printed, no exception and no reply: whatever a server says has it struck out.
+The API key is in no attribute that is printed, no exception and no reply: whatever a server says has it struck out. It
+goes to no other host: redirects are not followed, and proxies of the environment not used.
 """
 
 import asyncio
+import html
 import json
 import os
 import random
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 
@@ -29,7 +31,12 @@ FAILURES_UNTIL_OUT = 3
 LONGEST_PAUSE = 30.0
 # A server that is only too busy says so as often as it likes, but not to one document for ever.
 BUSY_PER_ATTEMPT = 20
+# Far beyond any thinking, and 64 of them at a time still fit into a machine.
+LONGEST_REPLY = 1 << 24
+# What is shorter ("EMPTY", "token") stands in for a key, and may well be a word of the thinking.
+SHORTEST_SECRET = 12
 END_OF_THINKING = "</think>"
+_ABSENT = "no connection"
 
 
 class _Failed(Exception):
@@ -88,6 +95,7 @@ class Servers:
         self._key = os.environ.get(config.api_key_env, "").strip()
         if not self._key.isprintable() or not self._key.isascii():
             raise GeneratorUnusable(f"the environment variable {config.api_key_env} holds what no HTTP header may")
+        self._spellings = _spellings(self._key)
         self._session: aiohttp.ClientSession | None = None
         self._asking_model = asyncio.Lock()
         self._last_reply = 0.0
@@ -111,7 +119,7 @@ class Servers:
         while True:
             server = await self._acquire()
             try:
-                return _reply(await self._post(server, payload), model, request.stop)
+                return _reply(await self._post(server, payload), model, request.stop, self._struck_from_reply)
             except _Failed as failed:
                 self.counts[failed.reason] += 1
                 attempts += failed.counts
@@ -135,27 +143,46 @@ class Servers:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
                 timeout=aiohttp.ClientTimeout(total=self._config.timeout, sock_connect=LONGEST_PAUSE),
+                # A packed body can be a thousand times as long as what was read of it.
+                auto_decompress=False,
                 headers={
                     "Content-Type": "application/json",
+                    "Accept-Encoding": "identity",
                     **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
                 },
             )
         return self._session
 
     async def _ask_model(self) -> str:
+        """The first model of the first server that names one; servers that are not up yet are waited for."""
+        loop = asyncio.get_running_loop()
         async with self._asking_model:
-            for server in self._servers if self._model is None else ():
-                try:
-                    async with self._open().get(server.url + "/models", timeout=aiohttp.ClientTimeout(total=30)) as got:
-                        self._model = str(json.loads(await got.read())["data"][0]["id"])
-                        break
-                except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
-                    continue
-        if self._model is None:
-            raise GeneratorUnusable(
-                f"no server tells its model's name at {self._servers[0].url}/models; set server.model"
-            )
+            deadline = loop.time() + self._config.patience
+            while self._model is None:
+                said = [await self._model_of(server) for server in self._servers]
+                self._model = next((name for name, _ in said if name), None)
+                if self._model is None and (loop.time() > deadline or any(why != _ABSENT for _, why in said)):
+                    raise GeneratorUnusable(
+                        f"no server tells its model's name (at {self._servers[0].url}/models: {said[0][1]}); "
+                        "set server.model"
+                    )
+                if self._model is None:
+                    await asyncio.sleep(min(LONGEST_PAUSE, self._config.patience / 10))
         return self._model
+
+    async def _model_of(self, server: _Server) -> tuple[str | None, str]:
+        """The name, or why there is none."""
+        limit = aiohttp.ClientTimeout(total=LONGEST_PAUSE)
+        try:
+            async with self._open().get(server.url + "/models", timeout=limit, allow_redirects=False) as response:
+                status, content = response.status, await _body(response)
+            return self._struck_from_reply(str(json.loads(content)["data"][0]["id"])), ""
+        except aiohttp.ClientConnectorError:
+            return None, _ABSENT
+        except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError) as error:
+            return None, type(error).__name__
+        except (_Failed, ValueError, LookupError, TypeError, RecursionError):
+            return None, f"status {status} and no list of models"
 
     async def _acquire(self) -> _Server:
         loop = asyncio.get_running_loop()
@@ -167,7 +194,9 @@ class Servers:
                 server = min(ready, key=lambda server: server.in_flight)
                 server.in_flight += 1
                 return server
-            if now - self._last_reply > self._config.patience:
+            # What is still being written is waited for, as long as server.timeout allows.
+            in_flight = sum(server.in_flight for server in self._servers)
+            if now - self._last_reply > self._config.patience and not in_flight:
                 raise GeneratorUnusable(
                     f"no server has answered for {now - self._last_reply:.0f} s (server.patience "
                     f"{self._config.patience:g}), the last failure being: {self._last_failure}; what is done is kept, "
@@ -225,8 +254,10 @@ class Servers:
         try:
             url = server.url + "/chat/completions"
             async with self._open().post(url, data=payload, allow_redirects=False) as response:
-                status, content = response.status, await response.read()
+                status, content = response.status, await _body(response)
                 pause = _seconds(response.headers.get("Retry-After"))
+        except aiohttp.ConnectionTimeoutError:
+            raise _Failed("server_error", f"no connection within {LONGEST_PAUSE:g} s", counts=False) from None
         except (TimeoutError, asyncio.TimeoutError):
             raise _Failed("timeout", f"no reply within {self._config.timeout:g} s") from None
         except aiohttp.ClientConnectorError as error:
@@ -265,7 +296,38 @@ class Servers:
     def _struck(self, content: bytes) -> str:
         """What a server said, without the key and not too long for an error."""
         said = content.decode("utf-8", "replace")
-        return (said.replace(self._key, "***") if self._key else said)[:300]
+        try:
+            # Any letter of the key may have come as its number.
+            said = json.dumps(json.loads(said), ensure_ascii=False)
+        except (ValueError, RecursionError):
+            pass
+        return self._strike(said)[:300]
+
+    def _strike(self, said: str) -> str:
+        for spelling in self._spellings:
+            said = said.replace(spelling, "***")
+        return said
+
+    def _struck_from_reply(self, said: str) -> str:
+        return self._strike(said) if len(self._key) >= SHORTEST_SECRET else said
+
+
+def _spellings(key: str) -> list[str]:
+    """The key as it is and as JSON, JSON within JSON, HTML and URLs have it, the longest first."""
+    once = json.dumps(key)[1:-1]
+    spelt = {key, once, json.dumps(once)[1:-1], html.escape(key), quote(key), quote(key, safe="")}
+    spelt |= {spelling.replace("/", "\\/") for spelling in spelt}
+    return sorted(spelt - {""}, key=len, reverse=True)
+
+
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    """All that follows the headers. Raises _Failed for more than a reply can be."""
+    body = bytearray()
+    while chunk := await response.content.readany():
+        body += chunk
+        if len(body) > LONGEST_REPLY:
+            raise _Failed("malformed_reply", f"a body of more than {LONGEST_REPLY >> 20} MB", sick=False)
+    return bytes(body)
 
 
 def _seconds(header: str | None) -> float | None:
@@ -275,14 +337,15 @@ def _seconds(header: str | None) -> float | None:
         return None  # a date, which only a proxy would send
 
 
-def _reply(body: dict[str, Any], model: str, stop: list[str]) -> Reply:
+def _reply(body: dict[str, Any], model: str, stop: list[str], strike: Callable[[str], str]) -> Reply:
     try:
         choice = body["choices"][0]
         message = choice["message"]
         # vLLM has called it by either name.
         thinking = message.get("reasoning_content") or message.get("reasoning") or None
         text = message.get("content") or ""
-        usage = body.get("usage") or {}
+        usage = body.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
         for part in (text, thinking or ""):
             part.encode("utf-8")
         # The stop string is cut off; vLLM and SGLang say which one it was.
@@ -294,12 +357,17 @@ def _reply(body: dict[str, Any], model: str, stop: list[str]) -> Reply:
             text = text.partition(end)[0]
             thinking = thinking and thinking.partition(end)[0]
         return Reply(
-            text,
-            choice.get("finish_reason") or "unknown",
-            usage.get("prompt_tokens"),
-            usage.get("completion_tokens"),
-            str(body.get("model") or model),
-            thinking,
+            strike(text),
+            strike(str(choice.get("finish_reason") or "unknown")),
+            _count(usage.get("prompt_tokens")),
+            _count(usage.get("completion_tokens")),
+            strike(str(body.get("model") or model)),
+            None if thinking is None else strike(thinking),
         )
     except (LookupError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise _Failed("malformed_reply", f"not a chat completion ({type(error).__name__})", sick=False) from None
+
+
+def _count(said: Any) -> int | None:
+    """A number of tokens, if it is one."""
+    return int(said) if type(said) in (int, float) and 0 <= said < 2**53 else None
