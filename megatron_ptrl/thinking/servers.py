@@ -150,7 +150,7 @@ class Servers:
                     continue
         if self._model is None:
             raise GeneratorUnusable(
-                f"no server tells its model's name at {self._servers[0].url}/models; set server.model"
+                f"no server tells its model's name at {self._servers[0].url}/models; start one, or set server.model"
             )
         return self._model
 
