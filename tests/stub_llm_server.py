@@ -1,6 +1,6 @@
 """An OpenAI-compatible chat server that misbehaves on request, in a process of its own.
 
-    python stub_llm_server.py LOG [--port 0] [--fault NAME] [--every 5] [--latency 0.002]
+    python stub_llm_server.py LOG [--port 0] [--fault NAME] [--every 5] [--latency 0.002] [--like SERVER]
 
 `StubServer` starts one from a test. It prints its port, then appends to LOG the id of each document that it answers
 with thinking; a document says its id in its first word. What it writes is a function of the prompt and the seed.
@@ -19,6 +19,7 @@ from types import TracebackType
 
 STATUS = {"429": 429, "500": 500, "503": 503, "400": 400, "401": 401, "404": 404}
 FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags")
+LIKE = ("plain", "vllm", "vllm_older", "vllm_unparsed", "sglang", "sglang_unparsed", "transformers")
 
 
 class StubServer:
@@ -59,10 +60,11 @@ def label_reply(document: str) -> str:
     return json.dumps({"domain": "history", "reasoning": reasoning, "audience": ("General", "Expert")[draw // 4 % 2]})
 
 
-def completion(body: dict, fault: str) -> dict:
+def completion(body: dict, fault: str, like: str) -> dict:
     prompt = body["messages"][-1]["content"]
     digest = hashlib.sha256(f"{prompt}{body['seed']}".encode()).hexdigest()
-    message = {"role": "assistant", "content": None, "reasoning_content": f"Let me think. {digest} é東"}
+    thinking = f"Let me think. {digest} é東"
+    message = {"role": "assistant", "content": None, "reasoning_content": thinking}
     if fault == "no_tag":
         message = {"role": "assistant", "content": "An answer at once."}
     if fault == "tags":
@@ -70,18 +72,46 @@ def completion(body: dict, fault: str) -> dict:
     document, asked, _ = prompt.partition("\n\n## End of the document ##")
     if asked:
         message = {"role": "assistant", "content": label_reply(document)}
-    return {
-        "id": "x",
-        "object": "chat.completion",
-        "model": body["model"],
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": len(prompt.split()), "completion_tokens": 7},
-    }
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": 7}
+    reply = {"id": "x", "object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}
+    return reply if fault or asked else dressed(reply, thinking, like)
+
+
+def dressed(reply: dict, thinking: str, like: str) -> dict:
+    """The reply with the fields that a server of this kind puts around thinking which it has stopped at </think>.
+
+    "unparsed" ones run without a reasoning parser behind a template that opens the tag, and cut the other one off.
+    """
+    (choice,), usage = reply["choices"], reply["usage"]
+    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+    kind, _, variant = like.partition("_")
+    message = {"role": "assistant", "content": thinking if variant == "unparsed" else None}
+    parsed = None if variant == "unparsed" else thinking
+    if kind == "vllm":
+        message |= dict.fromkeys(("refusal", "annotations", "audio", "function_call")) | {"tool_calls": []}
+        message |= {"reasoning_content": parsed} if variant == "older" else {"reasoning": parsed}
+        choice |= {"logprobs": None, "stop_reason": "</think>", "token_ids": None}
+        usage["prompt_tokens_details"] = None
+        reply |= dict.fromkeys(("service_tier", "system_fingerprint", "prompt_logprobs", "kv_transfer_params"))
+    elif kind == "sglang":
+        message |= {"reasoning_content": parsed, "tool_calls": None}
+        choice |= {"logprobs": None, "matched_stop": "</think>"}
+        usage |= {"prompt_tokens_details": None, "reasoning_tokens": 0}
+        reply["metadata"] = {"weight_version": "default"}
+    elif kind == "transformers":
+        # Null fields are left out, and the tag stays in the text.
+        message = {"role": "assistant", "content": f"{thinking}</think>"}
+    else:
+        return reply
+    choice["message"] = message
+    return reply | {"created": 1767225600}
 
 
 class Stub:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.fault, self.every, self.latency = arguments.fault, arguments.every, arguments.latency
+        self.like = arguments.like
         self.requests = 0
         self.log = open(arguments.log, "a", buffering=1)
 
@@ -122,7 +152,7 @@ class Stub:
         if fault in ("not_json", "not_chat"):
             return await self._answer(writer, 200, b"<html>busy</html>" if fault == "not_json" else b'{"choices": []}')
         self.log.write(word + "\n")
-        return await self._answer(writer, 200, json.dumps(completion(body, fault)).encode())
+        return await self._answer(writer, 200, json.dumps(completion(body, fault, self.like)).encode())
 
     async def _answer(self, writer: asyncio.StreamWriter, status: int, content: bytes) -> bool:
         head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
@@ -138,6 +168,7 @@ async def main() -> None:
     parser.add_argument("--fault", choices=FAULTS, default=None)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--latency", type=float, default=0.002)
+    parser.add_argument("--like", choices=LIKE, default="plain")
     stub = Stub(parser.parse_args())
     server = await asyncio.start_server(stub.serve, "127.0.0.1", parser.parse_args().port, limit=1 << 26, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)

@@ -4,10 +4,11 @@ import re
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stub_llm_server import StubServer
+from stub_llm_server import LIKE, StubServer
 from think_runs import rejects, think_config, thoughts, write_corpus
 
 from megatron_ptrl.errors import InputError
@@ -53,6 +54,38 @@ def test_what_does_not_pass_is_rejected_with_its_reason(fault, tmp_path):
     assert (rejected["id"], rejected["reason"], rejected["stage"]) == ("poison7", reason, "generate")
     assert re.search(detail, rejected["detail"]), rejected["detail"]
     assert rejected["document"] == {"id": "poison7", "text": "poison7 ", "domain": "law"}
+
+
+def test_settings_that_the_server_refuses_stop_the_run(tmp_path):
+    """Else a wrong model's name would put every document aside."""
+    source = write_corpus(tmp_path / "in.jsonl", 20)
+    config = think_config([source], tmp_path / "out", ["http://localhost:1/v1"])
+    with StubServer(tmp_path / "log", "--fault", "400", "--every", "1") as server:
+        with pytest.raises(GeneratorUnusable, match="refuses even a short question with status 400.*server.extra_body"):
+            run(replace(config, servers=[server.url]))
+    assert not thoughts(tmp_path / "out") and not rejects(tmp_path / "out")
+    with StubServer(tmp_path / "log") as server:
+        run(replace(config, servers=[server.url]))
+    assert len(thoughts(tmp_path / "out")) == 20
+
+
+def test_a_document_that_is_refused_first_is_told_from_settings_that_are(tmp_path):
+    source = write_corpus(tmp_path / "in.jsonl", 3, poison=0)
+    with StubServer(tmp_path / "log", "--fault", "400", "--every", "1000") as server:
+        run(think_config([source], tmp_path / "out", [server.url], in_flight=1))
+        assert server.answered() == ["What", "d1", "d2"]
+    assert [rejected["id"] for rejected in rejects(tmp_path / "out")] == ["poison0"]
+
+
+@pytest.mark.parametrize("like", LIKE)
+def test_the_thinking_is_found_in_what_each_server_sends(like, tmp_path):
+    source = write_corpus(tmp_path / "in.jsonl", 2)
+    with StubServer(tmp_path / "log", "--like", like) as server:
+        run(think_config([source], tmp_path / "out", [server.url]))
+    for thought in thoughts(tmp_path / "out"):
+        assert re.fullmatch("Let me think. [0-9a-f]{64} é東", thought["thinking"])
+        assert (thought["finish_reason"], thought["thinking_tokens"]) == ("stop", 7) and thought["prompt_tokens"] > 7
+    assert len(thoughts(tmp_path / "out")) == 2
 
 
 def test_load_is_spread_and_a_dead_server_is_left_out(tmp_path):

@@ -27,6 +27,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         require(self.max_tokens >= 1, f"sampling.max_tokens is {self.max_tokens}; expected >= 1")
         require(self.temperature >= 0, f"sampling.temperature is {self.temperature}; expected >= 0")
+        require(all(self.stop), "sampling.stop has an empty string; expected strings to stop at, or an empty list")
         require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}; expected above 0, at most 1")
 
 
@@ -39,7 +40,8 @@ class ServerConfig:
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key, if it is set. The key itself goes into no file, log or error."""
     in_flight: int = 64
-    """Requests at a time to each server, from each process."""
+    """Requests at a time to each server, from each process. `transformers serve` has one random state for all of them:
+    it writes the same again only at 1."""
     timeout: float = 600.0
     """Seconds for a whole reply."""
     attempts: int = 6

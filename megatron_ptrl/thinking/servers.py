@@ -54,6 +54,9 @@ class _Server:
         self.in_flight = 0
         self.failures = 0
         self.answered = False
+        self.accepts = False
+        """Whether it has taken a request with these settings, so that what it refuses is the document."""
+        self.asking = asyncio.Lock()
         self.out_since = self.in_again = 0.0
 
     def room(self, now: float) -> bool:
@@ -189,6 +192,9 @@ class Servers:
         started = loop.time()
         try:
             return await self._exchange(server, payload)
+        except GenerationError:
+            await self._check_settings(server, payload)
+            raise
         except _Failed as failed:
             self._last_failure = f"{server.url}: {failed.detail}"
             if failed.sick:
@@ -198,6 +204,22 @@ class Servers:
             raise
         finally:
             self._release(server)
+
+    async def _check_settings(self, server: _Server, refused: bytes) -> None:
+        """Raise GeneratorUnusable where the server would refuse a short question too: a model that it does not have, a
+        field that it does not know or more tokens than it can write would put the whole corpus aside.
+        """
+        async with server.asking:
+            if server.accepts:
+                return
+            question = json.loads(refused) | {"messages": [{"role": "user", "content": "What is thinking?"}]}
+            try:
+                await self._exchange(server, json.dumps(question).encode())
+            except GenerationError as error:
+                raise GeneratorUnusable(
+                    f"{server.url}/chat/completions refuses even a short question with {error.detail}; check "
+                    "server.model, server.extra_body and sampling"
+                ) from None
 
     async def _exchange(self, server: _Server, payload: bytes) -> dict[str, Any]:
         try:
@@ -227,6 +249,7 @@ class Servers:
                 f"the environment variable {self._config.api_key_env}"
             )
         self._heard(server)
+        server.accepts = True
         try:
             reply = json.loads(content)
         except (ValueError, RecursionError):
@@ -257,7 +280,7 @@ def _reply(body: dict[str, Any], model: str, stop: list[str]) -> Reply:
         choice = body["choices"][0]
         message = choice["message"]
         # vLLM has called it by either name.
-        thinking = message.get("reasoning_content") or message.get("reasoning")
+        thinking = message.get("reasoning_content") or message.get("reasoning") or None
         text = message.get("content") or ""
         usage = body.get("usage") or {}
         for part in (text, thinking or ""):
@@ -266,6 +289,10 @@ def _reply(body: dict[str, Any], model: str, stop: list[str]) -> Reply:
         stopped = choice.get("stop_reason") or choice.get("matched_stop")
         if stopped == END_OF_THINKING and stopped in stop and thinking is None and stopped not in text:
             text += END_OF_THINKING
+        # `transformers serve` leaves it where it is, with the rest of its last token.
+        for end in (end for end in stop if end != END_OF_THINKING):
+            text = text.partition(end)[0]
+            thinking = thinking and thinking.partition(end)[0]
         return Reply(
             text,
             choice.get("finish_reason") or "unknown",
