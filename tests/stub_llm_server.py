@@ -58,6 +58,15 @@ class StubServer:
         self.process.stdout.close()
 
 
+def label_reply(document: str) -> str:
+    """What is answered when labels are asked for; for some documents not what was asked."""
+    draw = zlib.crc32(document.encode())
+    if draw % 5 == 0:
+        return "I would say Basic, for a General audience."
+    reasoning = ("None", "Basic", "Intermediate", "Advanced")[draw % 4]
+    return json.dumps({"domain": "history", "reasoning": reasoning, "audience": ("General", "Expert")[draw // 4 % 2]})
+
+
 def completion(body: dict, fault: str, like: str) -> dict:
     prompt = body["messages"][-1]["content"]
     digest = hashlib.sha256(f"{prompt}{body['seed']}".encode()).hexdigest()
@@ -67,10 +76,13 @@ def completion(body: dict, fault: str, like: str) -> dict:
         message = {"role": "assistant", "content": "An answer at once."}
     if fault == "tags":
         message = {"role": "assistant", "content": f"<think>\nhm {digest}\n</think>\nThe answer."}
+    document, asked, _ = prompt.partition("\n\n## End of the document ##")
+    if asked:
+        message = {"role": "assistant", "content": label_reply(document)}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": 7}
     reply = {"id": "x", "object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}
-    return reply if fault else dressed(reply, thinking, like)
+    return reply if fault or asked else dressed(reply, thinking, like)
 
 
 def dressed(reply: dict, thinking: str, like: str) -> dict:

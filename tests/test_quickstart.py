@@ -4,9 +4,14 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from test_readme import BLOCKS
+
+from megatron_ptrl.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -33,20 +38,65 @@ def value(summary: str, name: str) -> float:
 
 @pytest.mark.slow
 def test_quickstart_goes_from_text_to_a_sample_and_a_second_call_changes_nothing(tmp_path: Path) -> None:
-    first = quickstart(tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "ce" in line]
+    work = tmp_path / ".quickstart"
+    first = quickstart(work)
+    steps = read_steps(work / "run")
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert steps[-1]["ce"] < steps[0]["ce"] - 0.3
     assert steps[-1]["loss"] != steps[-1]["ce"], "beta -0.25 is in force"
     assert 1 < value(first, "held-out perplexity") < 4096, "better than a uniform guess"
     assert 1 < value(first, "unigram perplexity") < 4096
     assert "sample, temperature" in first
-    assert (tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}" / "run.json").exists()
-    assert len(list((tmp_path / "run" / "plots").glob("*.png"))) == 8
+    assert (work / "run" / "checkpoints" / f"step_{STEPS:08d}" / "run.json").exists()
+    assert len(list((work / "run" / "plots").glob("*.png"))) == 8
 
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    second = quickstart(tmp_path)
+    before = (work / "run" / "metrics.jsonl").read_bytes()
+    second = quickstart(work)
     assert "is complete" in second
     assert value(second, "held-out perplexity") == value(first, "held-out perplexity")
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert (work / "run" / "metrics.jsonl").read_bytes() == before
+
+    think_about_it(tmp_path)
+
+
+# A reference and a reward on top, as training on thinking composes with both.
+SHORTER = (
+    "--train.steps 4 --train.eval_samples 2 --train.global_batch 2 --train.micro_batch 2 --log.plots false "
+    "--optimizer.warmup_steps 1 --loss.beta -0.25 "
+    "--remit.weighting remit --remit.reference .quickstart/run"
+)
+
+
+def think_about_it(folder: Path) -> None:
+    """The README's commands for thinking about the quickstart's text with the quickstart's model."""
+    (code,) = (code for mark, _, code in BLOCKS if mark == "run by tests/test_quickstart.py, shortened")
+    recipe = "--config examples/configs/tpt-toy.yaml"
+    assert recipe in code
+    (folder / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code.replace(recipe, f"{recipe} {SHORTER}")],
+        cwd=folder,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    documents = len((folder / ".quickstart" / "stdlib.jsonl").read_text().splitlines())
+    thought = folder / ".quickstart" / "tpt"
+    counts = json.loads((thought / "train.json").read_text())
+    assert counts["documents"] > documents / 2
+    assert counts["documents"] + sum(counts["rejected"].values()) == documents
+    assert f"| documents  | {documents:>9} | 100.00% |" in (thought / "plots" / "summary.md").read_text()
+    dataset = IndexedDataset(str(thought / "train"))
+    tokenizer = Tokenizer(thought / "train.tokenizer.json")
+    texts = [tokenizer.decode(dataset[i]) for i in range(len(dataset))]
+    assert all(re.search(r"\n\n<think>.+</think><\|endoftext\|>$", text, re.DOTALL) for text in texts)
+    (*_, last) = read_steps(folder / ".quickstart" / "tpt-run")
+    assert last["step"] == 4 and last["loss"] != last["ce"] and last["remit_weight_mean"] > 0
+
+
+def read_steps(run: Path) -> list[dict]:
+    """The lines of training steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "ce" in line]

@@ -4,7 +4,6 @@ import gzip
 import json
 import random
 import re
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -271,6 +270,32 @@ def test_an_output_within_the_input_is_no_input_of_the_next_call(tmp_path):
         list_inputs([f"file://{tmp_path}/out/thoughts"], tmp_path / "out")
 
 
-def test_an_unknown_generator_is_named():
-    with pytest.raises(InputError, match="generator is 'oracle'; expected openai"):
-        make_generator(think_config([], Path(), [], generator="oracle"))
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"generator": "oracle"}, "generator is 'oracle'; expected openai"),
+        ({}, "servers is empty; expected URLs such as http.*or generator embedded"),
+        ({"generator": "embedded"}, "generator is embedded and checkpoint is empty; expected a run of `ptrl pretrain`"),
+        ({"generator": "embedded", "checkpoint": "nowhere"}, "checkpoint nowhere: no such folder"),
+    ],
+)
+def test_a_missing_generator_is_named_before_an_output_is_begun(settings, message, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n')
+    config = think_config([tmp_path / "in.jsonl"], tmp_path / "out", [], **settings)
+    with pytest.raises(InputError, match=message):
+        run(config)
+    with pytest.raises(InputError, match=message):
+        make_generator(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_any_thinking_there_is_no_training_set(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"body": "one"}\n')
+    with StubServer(tmp_path / "log") as server:
+        config = think_config([tmp_path / "in.jsonl"], tmp_path / "out", [server.url], then_assemble=True)
+        with pytest.raises(InputError, match="out: no document has thinking, so there is nothing to train on"):
+            run(config)
+    assert (
+        f"0 thoughts in 1 parts, rejected: 1 unreadable, see {tmp_path / 'out' / 'rejects'}" in capsys.readouterr().out
+    )
+    assert not list((tmp_path / "out").glob("train*"))

@@ -56,19 +56,6 @@ def test_everything_is_counted_and_measured(folder):
     assert analysis.by_group(found.measured, "audience") == {}  # an object is no label
 
 
-def test_labels_are_asked_for_where_they_are_missing(folder):
-    asked = []
-
-    def label(item):
-        asked.append(item.id)
-        return {"audience": "expert" if len(item.text) > 300 else "anyone", "domain": "never asked for"}
-
-    found = analysis.analyse(folder, ThinkReportConfig(), label)
-    assert asked == [item.id for item in THOUGHTS]
-    assert set(analysis.by_group(found.measured, "audience")) == {"expert", "anyone"}
-    assert set(analysis.by_group(found.measured, "domain")) == {"mathematics", "law"}
-
-
 def test_a_sample_is_a_stable_part_of_all(folder):
     some = analysis.analyse(folder, ThinkReportConfig(sample=100))
     assert 60 < len(some.measured) < 140 and some == analysis.analyse(folder, ThinkReportConfig(sample=100))

@@ -158,7 +158,7 @@ def test_thinking_that_the_server_tells_apart_and_many_requests_at_a_time(server
         ({"model": "other"}, "refuses even a short question with status 400.*pinned.*requested 'other'"),
         ({"extra_body": {"top_k": 5}}, "refuses even a short question with status 422.*top_k.*server.extra_body"),
         # It lists its cache, which is not there.
-        ({"model": None}, "no server tells its model's name at .*/models; set server.model"),
+        ({"model": None}, "no server tells its model's name .*/models: status 500.*set server.model"),
     ],
 )
 def test_settings_that_the_server_does_not_take_put_no_document_aside(changed, message, server, source, tmp_path):

@@ -31,7 +31,8 @@ def test_it_runs_from_seeds_to_a_table_and_a_plot(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "table.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("|")]
+    assert table[-1] == f"TPT, right after thinking, run by run: {rows[3][3]}"
     assert rows[0] == ["", "seeds", "directly", "after thinking", "CE documents", "CE totals"]
     assert [row[:2] for row in rows[2:]] == [["vanilla", "1"], ["TPT", "1"]]
     assert rows[2][4:] != rows[3][4:] and all(float(cell) > 0 for row in rows[2:] for cell in row[4:])
@@ -41,6 +42,15 @@ def test_it_runs_from_seeds_to_a_table_and_a_plot(tmp_path: Path) -> None:
     assert documents["documents"] == thought["documents"] == 60 and thought["tokens"] > 2 * documents["tokens"]
     logged = {name: (tmp_path / f"{name}-1" / "metrics.jsonl").read_text().splitlines() for name in ("vanilla", "tpt")}
     assert len(logged["vanilla"]) == len(logged["tpt"]) > 1
+
+
+def test_an_example_of_another_size_is_not_gone_on_with(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "run.py"), "--documents", "70", "--work_dir", str(tmp_path)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "documents.jsonl").write_text("{}\n" * 60)
+    (tmp_path / "data" / "tokenizer.json").touch()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "has 60 documents, not 70; choose another --work_dir" in done.stderr
 
 
 META = ("documents.json", "thought/train.json")

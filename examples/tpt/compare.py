@@ -98,6 +98,16 @@ def table(measured: Measured) -> str:
     return "\n".join(lines)
 
 
+def by_run(measured: Measured) -> str:
+    """What the means hide: the share that each run of a name has right."""
+    lines = []
+    for name, runs in measured.items():
+        for column in ("directly", "after thinking"):
+            shares = ", ".join(COLUMNS[column].format(run[column]) for run in runs)
+            lines.append(f"{name}, right {column}, run by run: {shares}")
+    return "\n".join(lines)
+
+
 def spread(values: Sequence[float], form: str) -> str:
     """`mean +- standard deviation`."""
     mean = form.format(statistics.mean(values))
@@ -136,7 +146,7 @@ def main() -> None:
             measured[name] = [asyncio.run(measure(Path(run), sums)) for run in runs.split(",")]
     except InputError as error:
         sys.exit(f"compare.py: {error}")
-    text = table(measured)
+    text = f"{table(measured)}\n\n{by_run(measured)}"
     print(text)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
     make_data -> think, against think_server.py -> pretrain by each method, over seeds -> compare
 
-    python examples/tpt/run.py [--work_dir .tpt] [--seeds 3] [--small]
+    python examples/tpt/run.py [--work_dir .tpt] [--documents 12000] [--seeds 3] [--small]
 
 The paper's case of constrained data: TPT goes over the documents and their thinking once, vanilla over the documents
 alone for as many tokens, so about twice. Both train the same model in the same steps; a seed changes its weights and
@@ -30,7 +30,7 @@ SEQUENCE, BATCH = 256, 4
 Words = list[object]
 
 SMALL: dict[str, Words] = {
-    "make_data": ["--documents", 60, "--held_out", 6],
+    "make_data": ["--held_out", 6],
     "pretrain": ["--optimizer.warmup_steps", 1],
 }
 
@@ -40,6 +40,7 @@ class Example:
     """Everything lies in `work`; `small` shortens the stages by the flags of `SMALL`."""
 
     work: Path
+    documents: int
     seeds: int
     small: bool
 
@@ -48,7 +49,11 @@ class Example:
         data, tokenizer = self.work / "data", self.work / "data" / "tokenizer.json"
         documents, thought = data / "documents", data / "thought"
         if not tokenizer.exists():
-            run([HERE / "make_data.py", data, *self.flags("make_data")])
+            run([HERE / "make_data.py", data, "--documents", self.documents, *self.flags("make_data")])
+        with documents.with_suffix(".jsonl").open(encoding="utf-8") as lines:
+            found = sum(1 for _ in lines)
+        if found != self.documents:
+            sys.exit(f"{documents}.jsonl has {found:,} documents, not {self.documents:,}; choose another --work_dir")
         if not documents.with_suffix(".idx").exists():
             source: Words = ["--input", f"{documents}.jsonl", "--tokenizer", tokenizer]
             run([*PTRL, "tokenize", *source, "--output", documents])
@@ -120,11 +125,13 @@ def main() -> None:
     """Parse the command line and run everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path(".tpt"))
+    parser.add_argument("--documents", type=int, help="default 12000, or 60 with --small; training takes as long")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     parser.add_argument("--small", action="store_true", help="a minute instead of minutes, and nothing is learnt")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    Example(arguments.work_dir, arguments.seeds, arguments.small).run()
+    documents = arguments.documents or (60 if arguments.small else 12_000)
+    Example(arguments.work_dir, documents, arguments.seeds, arguments.small).run()
     print(f"\nall stages: {time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -4,7 +4,7 @@ Sizes are in tokens or samples, times in seconds, loss terms in nats. A field na
 `TransformerConfig` means the same thing.
 """
 
-from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig, ThinkReportConfig
+from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig
 from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
 from megatron_ptrl.config.model import ModelConfig, ParallelConfig
 from megatron_ptrl.config.pretrain import (
@@ -18,17 +18,20 @@ from megatron_ptrl.config.pretrain import (
 )
 from megatron_ptrl.config.remit import RemitConfig
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
-from megatron_ptrl.config.think import ExecutorConfig, SamplingConfig, ServerConfig, ThinkConfig
+from megatron_ptrl.config.think import ExecutorConfig, GeneratorConfig, SamplingConfig, ServerConfig, ThinkConfig
+from megatron_ptrl.config.think_report import AskConfig, ThinkReportConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
 
 __all__ = [
     "DEFAULT_CHUNK_TOKENS",
     "DEFAULT_TOP_K",
+    "AskConfig",
     "AssembleConfig",
     "CheckpointConfig",
     "DataConfig",
     "DoctorConfig",
     "ExecutorConfig",
+    "GeneratorConfig",
     "LogConfig",
     "LossConfig",
     "ModelConfig",

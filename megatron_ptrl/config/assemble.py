@@ -1,4 +1,4 @@
-"""Documents with their thinking -> training data, and what is to be known about them."""
+"""Documents with their thinking -> training data."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -75,24 +75,3 @@ class AssembleConfig:
         require(self.window_tokens >= 1, f"window_tokens is {self.window_tokens}; expected >= 1")
         require(self.workers >= 1, f"workers is {self.workers}; expected >= 1")
         require(self.vocab_size >= 257, f"vocab_size is {self.vocab_size}; expected >= 257 (256 bytes and the EOD)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThinkReportConfig:
-    """Thinking and what became of it -> a table and plots."""
-
-    runs: list[str] = field(default_factory=list)
-    """Output directory of a `ptrl think`: thoughts/, rejects/, train.*."""
-    output: str | None = None
-    """Folder for the plots and the table; null for plots/ in the directory."""
-    sample: int = 20_000
-    """Documents to measure, spread evenly over all by their ids; the paper has 20,000."""
-    domain_field: str = "domain"
-    """Metadata field with a document's domain; dots lead into nested ones."""
-    reasoning_field: str = "reasoning"
-    """Metadata field with how much reasoning a document asks for."""
-    audience_field: str = "audience"
-    """Metadata field with whom a document is written for."""
-
-    def __post_init__(self) -> None:
-        require(self.sample >= 1, f"sample is {self.sample}; expected >= 1")

@@ -62,6 +62,37 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """The outside model."""
+
+    generator: Literal["openai", "embedded"] = "openai"
+    """"openai" for servers, "embedded" for a run of `ptrl pretrain` in this process."""
+    checkpoint: str = ""
+    """The embedded generator: a run directory, or one of its checkpoints."""
+    batch: int = 16
+    """Rows that the embedded generator writes at a time."""
+    servers: list[str] = field(default_factory=list)
+    """URLs of OpenAI-compatible servers, such as http://localhost:8000/v1, all with the same model."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, f"batch is {self.batch}; expected >= 1")
+        for url in self.servers:
+            try:
+                parts, _ = urlsplit(url), urlsplit(url).port
+            except ValueError as error:
+                raise InputError(f"servers: {_bare(url)}: {error}") from None
+            require(
+                parts.scheme in ("http", "https") and bool(parts.hostname),
+                f"servers: {_bare(url)} is no URL; expected one such as http://localhost:8000/v1",
+            )
+            require(
+                "@" not in parts.netloc and not parts.query and not parts.fragment,
+                f"servers: {_bare(url)} carries credentials or a query; put the key into {self.server.api_key_env}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExecutorConfig:
     """Where the processes run, by datatrove's executors."""
 
@@ -91,7 +122,7 @@ class ExecutorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThinkConfig:
+class ThinkConfig(GeneratorConfig):
     """Documents -> documents with thinking -> `.bin/.idx`."""
 
     input: list[str] = field(default_factory=list)
@@ -110,44 +141,25 @@ class ThinkConfig:
     tokenizer: str | None = None
     """tokenizer.json that counts the prompt's tokens and encodes the training set; null counts 4 bytes as one token,
     and trains a vocabulary on the training set."""
-    generator: str = "openai"
-    """"openai" for servers, "embedded" for a run of `ptrl pretrain` in this process."""
-    checkpoint: str = ""
-    """The embedded generator: a run directory, or one of its checkpoints."""
-    batch: int = 16
-    """Rows that the embedded generator writes at a time."""
-    servers: list[str] = field(default_factory=list)
-    """Their URLs, such as http://localhost:8000/v1."""
     seed: int = 0
     """A document's seed follows from this and its id."""
     part_megabytes: float = 64.0
     """Files are taken together up to this size on disk; each such part has one file in thoughts/."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     then_assemble: bool = True
     """Go on to OUTPUT/train.bin, .idx, as `ptrl assemble` does, once every part is there."""
     assemble: AssembleConfig = field(default_factory=AssembleConfig)
-    """Its input and output follow from `output`; its tokenizer is `tokenizer` where it has none of its own."""
+    """Thinking -> training set; input and output follow from `output`, the tokenizer is `tokenizer` unless set here."""
 
     def __post_init__(self) -> None:
+        GeneratorConfig.__post_init__(self)
         require(self.prompt_tokens >= 1, f"prompt_tokens is {self.prompt_tokens}; expected >= 1")
-        require(self.batch >= 1, f"batch is {self.batch}; expected >= 1")
         require(self.part_megabytes > 0, f"part_megabytes is {self.part_megabytes}; expected > 0")
         require(
             not (self.assemble.input or self.assemble.output),
             "assemble.input and assemble.output follow from output; set that, or use `ptrl assemble`",
         )
-        for url in self.servers:
-            try:
-                parts, _ = urlsplit(url), urlsplit(url).port
-            except ValueError as error:
-                raise InputError(f"servers: {_bare(url)}: {error}") from None
-            require(parts.scheme in ("http", "https") and bool(parts.hostname), f"servers: {_bare(url)} is no URL")
-            require(
-                "@" not in parts.netloc and not parts.query and not parts.fragment,
-                f"servers: {_bare(url)} carries credentials or a query; put the key into {self.server.api_key_env}",
-            )
 
 
 def _bare(url: str) -> str:

@@ -1,18 +1,21 @@
 """OUTPUT of `ptrl think` -> how long the thinking is, for which documents, and what became of it.
 
-    thoughts/*.jsonl     --sample-->  Measured  -+->  lengths, groups by metadata  -+->  summary.md, *.png
+    thoughts/*.jsonl     --sample-->  Measured  -+->  lengths, groups by label     -+->  summary.md, *.png
     rejects/*.jsonl, train.rejects.jsonl  -------+->  counts by reason             -+
 
 Tokens are those of the training tokenizer, train.tokenizer.json; the generator counts its own. The groups are those of
-arXiv:2509.20186, figure 3: domain, how much reasoning a document asks for, whom it is written for.
+arXiv:2509.20186, figure 3: domain, how much reasoning a document asks for, whom it is written for. They are told by the
+metadata, or by a generator that is asked (labels.py).
 """
 
 import hashlib
+import itertools
 import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,15 @@ from megatron_ptrl.data.indexed import read_meta
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.records import Thought
-from megatron_ptrl.thinking.assemble_stage import Line, read_lines
+from megatron_ptrl.thinking.assemble_stage import read_lines
+from megatron_ptrl.thinking.labels import LABELS, Answers, ask_generator
 from megatron_ptrl.thinking.plots import draw
 
-GROUPS = ("domain", "reasoning", "audience")
+GROUPS = tuple(LABELS)
 BATCH = 256
 
-Label = Callable[[Thought], Mapping[str, str]]
-"""Asks somebody, such as a generator, for those of GROUPS that a document's metadata lacks."""
+Ask = Callable[[Iterable[Thought]], Answers]
+"""Is shown the documents whose metadata lacks some of GROUPS; returns labels for as many of them as it likes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class Analysis:
     """By stage, then by reason."""
     measured: list[Measured] = field(default_factory=list)
     """A sample of those that are trained on."""
+    asked: Counter[str] = field(default_factory=Counter)
+    """What became of asking for labels, as Answers.outcomes."""
 
 
 def run(config: ThinkReportConfig) -> None:
@@ -62,8 +68,8 @@ def run(config: ThinkReportConfig) -> None:
     if config.output is not None and len(config.runs) > 1:
         raise InputError(f"{len(config.runs)} directories and one output folder; leave --output out, or give one")
     for name in config.runs:
-        found = analyse(Path(name), config)
         output = Path(config.output or Path(name) / "plots")
+        found = analyse(Path(name), config, partial(ask_generator, path=output / "labels.jsonl", config=config.ask))
         output.mkdir(parents=True, exist_ok=True)
         groups = {group: by_group(found.measured, group) for group in GROUPS}
         plots = draw(found, groups, output)
@@ -73,11 +79,11 @@ def run(config: ThinkReportConfig) -> None:
         print(f"\n{len(plots)} plots and summary.md are in {output}")
 
 
-def analyse(folder: Path, config: ThinkReportConfig, label: Label | None = None) -> Analysis:
+def analyse(folder: Path, config: ThinkReportConfig, ask: Ask | None = None) -> Analysis:
     """Count what became of every document, measure a sample of those that are trained on.
 
     The sample is a function of the lines, so that it stays the same; about `config.sample` of them, all if there are no
-    more. Cost: reads everything twice, parses and tokenizes the sample.
+    more. Cost: reads everything twice, a third time where `ask` looks at the sample; parses and tokenizes the sample.
     Raises InputError where there are no thoughts or the assembly has not been made.
     """
     if not (folder / "thoughts").is_dir():
@@ -91,9 +97,15 @@ def analyse(folder: Path, config: ThinkReportConfig, label: Label | None = None)
     thoughts = sum(1 for _ in read_lines(files))
     rejected, dropped = _read_rejects(folder)
     share = config.sample / max(thoughts, 1)
-    chosen = (line for line in read_lines(files) if _fraction(line.content) < share)
-    kept = (line for line in chosen if (Path(line.file).name, line.number) not in dropped)
-    return Analysis(thoughts, rejected, list(_measure(kept, tokenizer, config, label)))
+
+    def sample() -> Iterator[Thought]:
+        for line in read_lines(files):
+            if _fraction(line.content) < share and (Path(line.file).name, line.number) not in dropped:
+                yield Thought.from_json(line.content, f"{line.file}:{line.number}")
+
+    lacking = (thought for thought in sample() if len(groups_of(thought, config)) < len(GROUPS))
+    answers = ask(lacking) if ask else Answers({}, Counter())
+    return Analysis(thoughts, rejected, list(_measure(sample(), tokenizer, config, answers)), answers.outcomes)
 
 
 def _fraction(content: bytes) -> float:
@@ -119,26 +131,12 @@ def _read_rejects(folder: Path) -> tuple[dict[str, Counter[str]], set[tuple[str,
 
 
 def _measure(
-    lines: Iterable[Line], tokenizer: Tokenizer, config: ThinkReportConfig, label: Label | None
+    sample: Iterator[Thought], tokenizer: Tokenizer, config: ThinkReportConfig, answers: Answers
 ) -> Iterator[Measured]:
-    batch: list[Thought] = []
-    for line in lines:
-        batch.append(Thought.from_json(line.content, f"{line.file}:{line.number}"))
-        if len(batch) == BATCH:
-            yield from _measure_batch(batch, tokenizer, config, label)
-            batch = []
-    yield from _measure_batch(batch, tokenizer, config, label)
-
-
-def _measure_batch(
-    batch: list[Thought], tokenizer: Tokenizer, config: ThinkReportConfig, label: Label | None
-) -> Iterator[Measured]:
-    _, lengths = tokenizer.encode_batch([text for thought in batch for text in (thought.text, thought.thinking)])
-    for thought, (document, thinking) in zip(batch, lengths.reshape(-1, 2).tolist(), strict=True):
-        groups = groups_of(thought, config)
-        if label and len(groups) < len(GROUPS):
-            groups = {**label(thought), **groups}
-        yield Measured(document, thinking, groups)
+    while batch := list(itertools.islice(sample, BATCH)):
+        _, lengths = tokenizer.encode_batch([text for thought in batch for text in (thought.text, thought.thinking)])
+        for thought, (document, thinking) in zip(batch, lengths.reshape(-1, 2).tolist(), strict=True):
+            yield Measured(document, thinking, {**answers.of(thought), **groups_of(thought, config)})
 
 
 def groups_of(thought: Thought, config: ThinkReportConfig) -> dict[str, str]:
@@ -164,7 +162,12 @@ def by_group(measured: Iterable[Measured], group: str) -> dict[str, list[int]]:
 
 def table(found: Analysis, groups: Mapping[str, dict[str, list[int]]]) -> str:
     """Markdown: what became of the documents, lengths, and thinking by group, the groups from `by_group`."""
-    return "\n\n".join([_outcomes(found), *([_lengths(found), *_groups(groups)] if found.measured else [])])
+    parts = [_outcomes(found), *([_lengths(found), *_groups(groups)] if found.measured else [])]
+    if found.asked:
+        parts.append(
+            _markdown(["asked for labels", "documents"], [[name, f"{n:,}"] for name, n in found.asked.most_common()])
+        )
+    return "\n\n".join(parts)
 
 
 def _outcomes(found: Analysis) -> str:

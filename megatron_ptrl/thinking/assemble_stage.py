@@ -62,7 +62,10 @@ def run(config: AssembleConfig) -> None:
     files = find_files(config.input, config.output)
     for file in files:
         if ".jsonl" not in file.suffixes[-2:]:
-            raise InputError(f"{file}: not a file of thinking; expected .jsonl, .jsonl.gz or .jsonl.zst")
+            raise InputError(
+                f"{file}: not a file of thinking; expected .jsonl, .jsonl.gz or .jsonl.zst, as `ptrl think` has them "
+                "in its folder thoughts"
+            )
     temporary = prepare_output(config.output, files)
     if config.tokenizer:
         Tokenizer(config.tokenizer, config.eod_token)

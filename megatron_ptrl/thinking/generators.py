@@ -9,9 +9,10 @@ unless it is a `GeneratorUnusable`, which ends the run with everything done so f
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from megatron_ptrl.config import ThinkConfig
+from megatron_ptrl.config import GeneratorConfig
 from megatron_ptrl.errors import InputError
 
 
@@ -71,15 +72,37 @@ class Generator(Protocol):
         """Let go of connections and processes."""
 
 
-def make_generator(config: ThinkConfig) -> tuple[Generator, int]:
-    """The generator that the settings name, and how many requests at a time keep it busy."""
+def check_generator(config: GeneratorConfig) -> None:
+    """Raise InputError for settings that name no generator, before anything is written for it."""
     if config.generator == "openai":
-        from megatron_ptrl.thinking.servers import Servers
+        if not config.servers:
+            raise InputError(
+                "servers is empty; expected URLs such as http://localhost:8000/v1, or generator embedded with a run of "
+                "`ptrl pretrain` as checkpoint"
+            )
+    elif config.generator == "embedded":
+        if not config.checkpoint:
+            raise InputError("generator is embedded and checkpoint is empty; expected a run of `ptrl pretrain`")
+        if not Path(config.checkpoint).is_dir():
+            raise InputError(f"checkpoint {config.checkpoint}: no such folder; expected a run of `ptrl pretrain`")
+    else:
+        raise InputError(f"generator is {config.generator!r}; expected openai or embedded")
+
+
+def make_generator(config: GeneratorConfig) -> tuple[Generator, int]:
+    """The generator that the settings name, and how many requests at a time keep it busy.
+
+    Raises InputError as `check_generator` does, and where a package is missing.
+    """
+    check_generator(config)
+    if config.generator == "openai":
+        try:
+            from megatron_ptrl.thinking.servers import Servers
+        except ModuleNotFoundError as error:
+            raise InputError(f"servers need {error.name}; pip install megatron-ptrl[tpt]") from error
 
         return Servers(config.servers, config.server), config.server.in_flight * len(config.servers)
-    if config.generator == "embedded":
-        from megatron_ptrl.thinking.embedded import open_embedded
+    from megatron_ptrl.thinking.embedded import open_embedded
 
-        # Twice as many requests as rows, so that a batch finds others of its length.
-        return open_embedded(config.checkpoint, batch=config.batch), 2 * config.batch
-    raise InputError(f"generator is {config.generator!r}; expected openai or embedded")
+    # Twice as many requests as rows, so that a batch finds others of its length.
+    return open_embedded(config.checkpoint, batch=config.batch), 2 * config.batch

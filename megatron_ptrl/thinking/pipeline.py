@@ -38,7 +38,7 @@ from megatron_ptrl.config import ThinkConfig
 from megatron_ptrl.data.corpus import SUFFIXES, find_files
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.thinking.generate_stage import InputFile, Think
-from megatron_ptrl.thinking.generators import make_generator
+from megatron_ptrl.thinking.generators import check_generator, make_generator
 from megatron_ptrl.thinking.journal import Journal
 from megatron_ptrl.thinking.prompts import load_template, make_cut
 
@@ -52,6 +52,7 @@ def run(config: ThinkConfig) -> None:
     """
     if not config.output:
         raise InputError("output is empty; expected a folder")
+    check_generator(config)
     output = Path(config.output)
     parts = make_parts(list_inputs(config.input, output), config.part_megabytes)
     template = load_template(config.prompt)
@@ -67,8 +68,12 @@ def run(config: ThinkConfig) -> None:
     for journal in journals:
         journal.drop_leftover()
     counts = sum((journal.counts() for journal in journals), Counter())
-    print(f"{output}: {counts.pop('thoughts', 0):,} thoughts in {len(parts):,} parts, rejected: {_told(counts)}")
+    thoughts = counts.pop("thoughts", 0)
+    where = f", see {output / 'rejects'}" if counts else ""
+    print(f"{output}: {thoughts:,} thoughts in {len(parts):,} parts, rejected: {_told(counts)}{where}")
     if config.then_assemble:
+        if not thoughts:
+            raise InputError(f"{output}: no document has thinking, so there is nothing to train on")
         _assemble(config, output)
 
 

@@ -164,7 +164,7 @@ class Servers:
                 if self._model is None and (loop.time() > deadline or any(why != _ABSENT for _, why in said)):
                     raise GeneratorUnusable(
                         f"no server tells its model's name (at {self._servers[0].url}/models: {said[0][1]}); "
-                        "set server.model"
+                        "start one, or set server.model"
                     )
                 if self._model is None:
                     await asyncio.sleep(min(LONGEST_PAUSE, self._config.patience / 10))
