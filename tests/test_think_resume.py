@@ -78,7 +78,8 @@ def test_killed_at_several_points(workers, corpus, undisturbed, tmp_path):
         for answered in points:
             kill_when(config, log, answered)
         run(config)
-    asked = server.answered()
+    # A run whose first reply is a refusal asks a question of its own, whether its settings are to blame.
+    asked = [word for word in server.answered() if word != "What"]
     assert contents(tmp_path / "out") == undisturbed and {"train.bin", "train.idx", "train.json"} < set(undisturbed)
     assert set(asked) == {f"d{i}" for i in range(DOCUMENTS) if i != 40}
     in_flight = 4 * workers
