@@ -7,6 +7,7 @@ Sizes are in tokens or samples, times in seconds, loss terms in nats. A field na
 from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig, ThinkReportConfig
 from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
 from megatron_ptrl.config.model import ModelConfig, ParallelConfig
+from megatron_ptrl.config.policy import PolicyLossConfig
 from megatron_ptrl.config.pretrain import (
     CheckpointConfig,
     DataConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PolicyLossConfig",
     "PretrainConfig",
     "RemitConfig",
     "ReportConfig",
