@@ -8,16 +8,16 @@ from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig, 
 from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
 from megatron_ptrl.config.model import ModelConfig, ParallelConfig
 from megatron_ptrl.config.policy import PolicyLossConfig
-from megatron_ptrl.config.pretrain import (
+from megatron_ptrl.config.pretrain import DataConfig, PretrainConfig, SampleConfig, TrainConfig
+from megatron_ptrl.config.remit import RemitConfig
+from megatron_ptrl.config.run import (
     CheckpointConfig,
-    DataConfig,
     LogConfig,
     OptimizerConfig,
-    PretrainConfig,
-    SampleConfig,
-    TrainConfig,
+    PaceConfig,
+    RowsConfig,
+    RunConfig,
 )
-from megatron_ptrl.config.remit import RemitConfig
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
 from megatron_ptrl.config.think import ExecutorConfig, SamplingConfig, ServerConfig, ThinkConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
@@ -34,12 +34,15 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PaceConfig",
     "ParallelConfig",
     "PolicyLossConfig",
     "PretrainConfig",
     "RemitConfig",
     "ReportConfig",
     "RewardShaping",
+    "RowsConfig",
+    "RunConfig",
     "SampleConfig",
     "SamplingConfig",
     "ScoreConfig",

@@ -38,6 +38,9 @@ class Progress:
 
     step: int = 0
     consumed_samples: int = 0
+    """Places in the data's order that are behind: samples, or prompts."""
+    consumed_tokens: int = 0
+    """Counted where the tokens of a step vary; 0 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,11 @@ def load(path: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple
     state = dist_checkpointing.load(wanted, str(path))
     _load_weights(chunks, state)
     load_optimizer(optimizer, state["optimizer"])
-    scheduler.load_state_dict(state["run"]["scheduler"])
+    run = state["run"]
+    scheduler.load_state_dict(run["scheduler"])
     if same_layout:
         _set_random_state(state["random"])
-    return Progress(state["run"]["step"], state["run"]["consumed_samples"]), same_layout
+    return Progress(run["step"], run["consumed_samples"], run.get("consumed_tokens", 0)), same_layout
 
 
 def load_weights(path: Path, chunks: list[Any], optimizer: Any = None) -> None:

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.config import RunConfig
 from megatron_ptrl.errors import InputError
 
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -48,7 +48,7 @@ def has_transformer_engine() -> bool:
     return HAVE_TE and torch.cuda.is_available()
 
 
-def check_supported(config: PretrainConfig) -> None:
+def check_supported(config: RunConfig) -> None:
     """InputError where the layers that this machine has cannot do what the config asks."""
     if getattr(config.model, "multi_latent_attention", False):
         raise InputError("model.multi_latent_attention needs another model than this GPT; leave it false")

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.config import RunConfig
 from megatron_ptrl.data.batches import Batch
 from megatron_ptrl.losses.reward_shaped_ce import TokenStats
 from megatron_ptrl.training.mcore import RewardShapedGPTModel, unwrap
@@ -91,7 +91,7 @@ def _loss_and_sums(
 
 
 def train_step(
-    config: PretrainConfig,
+    config: RunConfig,
     chunks: list[Any],
     optimizer: MegatronOptimizer,
     batches: Batches,
@@ -112,7 +112,7 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(config: PretrainConfig, chunks: list[Any], batches: Batches, num_microbatches: int) -> dict[str, float]:
+def evaluate(config: RunConfig, chunks: list[Any], batches: Batches, num_microbatches: int) -> dict[str, float]:
     """Means over the unmasked tokens of `num_microbatches` batches on each data-parallel rank."""
     for chunk in chunks:
         chunk.eval()
@@ -123,7 +123,7 @@ def evaluate(config: PretrainConfig, chunks: list[Any], batches: Batches, num_mi
 
 
 def run_schedule(
-    config: PretrainConfig,
+    config: RunConfig,
     chunks: list[Any],
     step: Callable[..., tuple[Tensor, Any]],
     batches: Batches,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_ptrl.config import ModelConfig, PretrainConfig
+from megatron_ptrl.config import ModelConfig, PretrainConfig, RunConfig
 from megatron_ptrl.training.layout import Layout
 
 GIB = 1 << 30
@@ -75,9 +75,7 @@ def _moe_layers(model: ModelConfig) -> int:
     return -(-model.num_layers // frequency)
 
 
-def memory_per_rank(
-    config: PretrainConfig, layout: Layout, count: ParameterCount, padded_vocab: int
-) -> dict[str, float]:
+def memory_per_rank(config: RunConfig, layout: Layout, count: ParameterCount, padded_vocab: int) -> dict[str, float]:
     """Bytes on the fullest rank (first or last stage): weights, gradients, optimizer, activations, logits.
 
     Activations by the 34 s b h bytes a layer of bf16 of arXiv:2205.05198 without the s^2 terms, which torch's and
