@@ -5,6 +5,7 @@ Sizes are in tokens or samples, times in seconds, loss terms in nats. A field na
 """
 
 from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig, ThinkReportConfig
+from megatron_ptrl.config.judge import GateConfig, JudgeConfig, LexicalConfig, VerifyConfig
 from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
 from megatron_ptrl.config.model import ModelConfig, ParallelConfig
 from megatron_ptrl.config.policy import PolicyLossConfig
@@ -30,6 +31,9 @@ __all__ = [
     "DataConfig",
     "DoctorConfig",
     "ExecutorConfig",
+    "GateConfig",
+    "JudgeConfig",
+    "LexicalConfig",
     "LogConfig",
     "LossConfig",
     "ModelConfig",
@@ -53,4 +57,5 @@ __all__ = [
     "ThinkingFilterConfig",
     "TokenizeConfig",
     "TrainConfig",
+    "VerifyConfig",
 ]
