@@ -1,0 +1,142 @@
+"""The training model as the rollout engine: what full forward passes say, whatever batch, order and layout."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from test_layouts import TP_PP_SP
+from tiny import Settings, parsed, pretraining, tiny_config
+
+from megatron_ptrl.errors import InputError
+from megatron_ptrl.rollout.engine import Generation, Request
+
+WINDOW = 64
+VOCAB = 512
+WARM = {"temperature": 0.9, "top_p": 0.95}
+PLAIN = {"temperature": 1.0, "top_p": 1.0}
+# Large, untied weights: a young model with small ones is about as likely to say one token as another.
+MODEL = {"model__share_embeddings_and_output_weights": False, "model__init_method_std": 0.3}
+
+
+def requests() -> list[Request]:
+    """Prompts of very different lengths, one of a single token, one asked five times, two that reach the window."""
+    draw = random.Random(3)
+    lengths = [1, 2, 7, 8, 19, 50, 57]
+    prompts = [[draw.randrange(VOCAB) for _ in range(length)] for length in lengths]
+    prompts += [prompts[4]] * 4
+    return [Request(prompt, 3 + 5 * (i % 4), 100 + i) for i, prompt in enumerate(prompts)]
+
+
+def settings_of(prefix: str, folder: Any, **changes: Any) -> Settings:
+    return tiny_config(prefix, folder, data__seq_length=WINDOW, **MODEL | changes)
+
+
+def engine_of(run: Any, batch: int, **changes: Any) -> Any:
+    from megatron_ptrl.rollout.megatron_engine import MegatronEngine
+
+    known = {"eod": run.tokenizer.eod, "vocab_size": run.tokenizer.vocab_size} | changes
+    return MegatronEngine(run.config, run.chunks, batch=batch, **known)
+
+
+def generate(
+    rank: int, world_size: int, settings: Settings, wanted: list[Request], batch: int, **sampling: float
+) -> list[Generation]:
+    with pretraining(settings, world_size) as run:
+        return engine_of(run, batch).generate(wanted, **sampling)
+
+
+def trainers_logprobs(run: Any, request: Request, response: list[int]) -> list[float]:
+    """Of a response, from one forward pass with labels over all of it."""
+    tokens = torch.tensor([request.prompt_ids + response])
+    positions = torch.arange(tokens.shape[1] - 1)[None]
+    with torch.no_grad():
+        loss = run.chunks[0](tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    return (-loss[0, len(request.prompt_ids) - 1 :]).tolist()
+
+
+def by_one_rank(rank: int, world_size: int, settings: Settings) -> dict[str, Any]:
+    """What one rank draws, by batch and order, and how far its log-probabilities are from the trainer's."""
+    with pretraining(settings, world_size) as run:
+        wanted, done = requests(), []
+        engine = engine_of(run, 8)
+        plain = engine.generate(wanted, **PLAIN, on_done=lambda i, generation: done.append((i, generation)))
+        assert run.chunks[0].training and all(p.requires_grad for p in run.chunks[0].parameters())
+        far = [
+            abs(a - b)
+            for request, generation in zip(wanted, plain, strict=True)
+            for a, b in zip(
+                trainers_logprobs(run, request, generation.token_ids), generation.logprobs, strict=True
+            )
+        ]
+        warm = {batch: engine_of(run, batch).generate(wanted, **WARM) for batch in (1, 3, 8)}
+        order = random.Random(1).sample(range(len(wanted)), len(wanted))
+        shuffled = engine_of(run, 3).generate([wanted[i] for i in order], **WARM)
+        others = engine.generate([Request(r.prompt_ids, r.max_tokens, r.seed + 1) for r in wanted], **WARM)
+        return {
+            "plain": plain,
+            "done": done,
+            "far": max(far),
+            "warm": warm,
+            "shuffled": [shuffled[order.index(i)] for i in range(len(wanted))],
+            "others": others,
+        }
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ranks.run(1, by_one_rank, settings_of(prefix, tmp_path_factory.mktemp("alone")))[0]
+
+
+def assert_alike(found: list[Generation], expected: list[Generation]) -> None:
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason), number
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-5)
+
+
+def test_logprobs_are_those_of_the_trainers_forward_pass(alone):
+    assert alone["far"] < 1e-5
+    spread = [value for generation in alone["plain"] for value in generation.logprobs]
+    assert min(spread) < -4 and len(set(spread)) > 50
+
+
+def test_batch_and_order_change_nothing_and_seeds_do(alone):
+    for batch in (1, 3):
+        assert_alike(alone["warm"][batch], alone["warm"][8])
+    assert_alike(alone["shuffled"], alone["warm"][8])
+    long = [i for i, generation in enumerate(alone["others"]) if len(generation.token_ids) > 5]
+    assert len(long) > 4 and all(alone["others"][i].token_ids != alone["warm"][8][i].token_ids for i in long)
+    shared = [tuple(alone["plain"][i].token_ids[:3]) for i in (4, 7, 8, 9, 10)]
+    assert len(set(shared)) == len(shared)
+
+
+def test_responses_end_at_max_tokens_or_the_window_and_are_told_at_once(alone):
+    for request, generation in zip(requests(), alone["plain"], strict=True):
+        room = min(request.max_tokens, WINDOW - len(request.prompt_ids))
+        assert len(generation.logprobs) == len(generation.token_ids) <= room
+        assert (generation.finish_reason == "length") <= (len(generation.token_ids) == room)
+    assert {len(request.prompt_ids) + request.max_tokens > WINDOW for request in requests()} == {True, False}
+    numbers = [number for number, _ in alone["done"]]
+    assert sorted(numbers) == list(range(len(requests()))) and numbers != sorted(numbers)
+    assert all(generation == alone["plain"][number] for number, generation in alone["done"])
+
+
+LAYOUTS = {
+    "tp 2, sequence parallel": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
+    "pp 2": (2, {"parallel__pp": 2}),
+    "dp 2": (2, {}),
+    "tp 2, pp 2, sequence parallel": (4, TP_PP_SP),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_rank_of_any_layout_says_the_same(ranks, prefix, tmp_path, alone, name):
+    world_size, layout = LAYOUTS[name]
+    settings = settings_of(prefix, tmp_path, **layout, data__isolate_documents=True)
+    for found in ranks.run(world_size, generate_warm, settings):
+        assert_alike(found, alone["warm"][8])
+
+
+def generate_warm(rank: int, world_size: int, settings: Settings) -> list[Generation]:
+    return generate(rank, world_size, settings, requests(), 4, **WARM)
