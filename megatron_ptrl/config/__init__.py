@@ -11,6 +11,7 @@ from megatron_ptrl.config.model import ModelConfig, ParallelConfig
 from megatron_ptrl.config.policy import PolicyLossConfig
 from megatron_ptrl.config.pretrain import DataConfig, PretrainConfig, SampleConfig, TrainConfig
 from megatron_ptrl.config.remit import RemitConfig
+from megatron_ptrl.config.rl import PromptsConfig, RLConfig, RolloutConfig
 from megatron_ptrl.config.run import (
     CheckpointConfig,
     LogConfig,
@@ -42,9 +43,12 @@ __all__ = [
     "ParallelConfig",
     "PolicyLossConfig",
     "PretrainConfig",
+    "PromptsConfig",
+    "RLConfig",
     "RemitConfig",
     "ReportConfig",
     "RewardShaping",
+    "RolloutConfig",
     "RowsConfig",
     "RunConfig",
     "SampleConfig",

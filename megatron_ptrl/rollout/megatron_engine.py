@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.config import RunConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.rollout.engine import Generation, Request
 from megatron_ptrl.training.decode import Decoder, Row, generating
@@ -27,7 +27,7 @@ _WITHOUT_CACHE = {
 }
 
 
-def check_can_generate(config: PretrainConfig) -> None:
+def check_can_generate(config: RunConfig) -> None:
     """InputError where the model or its layout is one that `MegatronEngine` cannot generate with."""
     parallel = config.parallel
     for name, value, neutral in (("vpp", parallel.vpp, None), ("cp", parallel.cp, 1), ("ep", parallel.ep, 1)):
@@ -57,7 +57,7 @@ class MegatronEngine:
 
     name = "megatron"
 
-    def __init__(self, config: PretrainConfig, chunks: Sequence[Module], *, eod: int, vocab_size: int, batch: int):
+    def __init__(self, config: RunConfig, chunks: Sequence[Module], *, eod: int, vocab_size: int, batch: int):
         check_can_generate(config)
         if batch < 1:
             raise InputError(f"the rollout engine's batch is {batch}; expected >= 1")

@@ -102,13 +102,26 @@ def train_step(
 
     With RHO-1's weights `loss` is the mean over the tokens they keep; all other means are over all unmasked ones.
     """
+    step = partial(forward_step, weighting=weighting)
+    reports, grad_norm = optimize(config, chunks, optimizer, step, batches, num_microbatches)
+    return {**_means(reports, weighting.names if weighting else ()), "grad_norm": grad_norm}
+
+
+def optimize(
+    config: RunConfig,
+    chunks: list[Any],
+    optimizer: MegatronOptimizer,
+    step: Callable[..., tuple[Tensor, Any]],
+    batches: Batches,
+    num_microbatches: int,
+) -> tuple[list[Any], float]:
+    """One optimizer step by Megatron's forward step; what its losses report on the last stage, the gradient's norm."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    step = partial(forward_step, weighting=weighting)
     reports = run_schedule(config, chunks, step, batches, num_microbatches, forward_only=False)
     _, grad_norm, _ = optimizer.step()
-    return {**_means(reports, weighting.names if weighting else ()), "grad_norm": float(grad_norm)}
+    return reports, float(grad_norm)
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def restore(
     found = checkpoint.find_on_rank_0(directory)
     notes = [f"not loaded: {reason}" for reason in found.passed_over]
     if found.path is not None:
-        _check_same_model(found.path, config, tokenizer)
+        check_same_model(found.path, config, tokenizer)
         changed = _check_settings(found.path, config)
         progress, whole = checkpoint.load(found.path, chunks, optimizer, scheduler)
         notes += [f"continuing from {found.path} (step {progress.step})", *changed]
@@ -56,7 +56,7 @@ def restore(
     if config.checkpoint.load is None:
         return Progress(), notes
     path, passed_over = find_source(config.checkpoint.load, "checkpoint.load")
-    _check_same_model(path, config, tokenizer)
+    check_same_model(path, config, tokenizer)
     checkpoint.load_weights(path, chunks, optimizer)
     return Progress(), [*notes, *passed_over, f"starting from the weights of {path}"]
 
@@ -109,7 +109,8 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return named
 
 
-def _check_same_model(path: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+def check_same_model(path: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """InputError unless the checkpoint at `path` holds the model of this run, trained with its tokenizer."""
     manifest, mine = checkpoint.read_manifest(path), describe(config, tokenizer)
     saved = {name: manifest["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": manifest["vocab_size"]}
     here = {name: mine["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": mine["vocab_size"]}
