@@ -174,7 +174,7 @@ def test_what_could_not_be_judged_is_in_nothing(ranks, prefix, tmp_path, prompts
     trained = [line for group in groups if group not in single for line in group if line["reward"] is not None]
     assert row["num_tokens"] == sum(len(line["token_ids"]) for line in trained)
     # Of three that were judged one is right: (1 - 1/3) over the unbiased deviation, the root of 1/3.
-    assert {round(line["advantage"], 4) for line in trained} == {1.1547, -0.5774}
+    assert {round(line["advantage"], 3) for line in trained} == {1.155, -0.577}
     fewer = settings | {"rollout.max_unjudged": 0.3, "run_dir": str(tmp_path / "fewer")}
     with pytest.raises(AssertionError, match=r"6 of 16 responses could not be judged \(timeout 6\)"):
         run_rl(ranks, 1, fewer, Unreliable())

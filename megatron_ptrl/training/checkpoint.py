@@ -116,6 +116,8 @@ def save(
         if chunk.ddp_config.overlap_param_gather:
             # The other ranks' share of the last update is else fetched by the next forward only.
             chunk.start_param_sync(force_sync=True)
+    # A step without anything to learn may come before the first update.
+    fill_adam_state(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["run"] = {**dataclasses.asdict(progress), "scheduler": scheduler.state_dict()}
     try:
