@@ -1,5 +1,6 @@
 """Judges behind servers that misbehave: a score is a clear 0 or 1, and everything else is no reward, not 0."""
 
+import asyncio
 import socket
 import time
 
@@ -7,11 +8,13 @@ import pytest
 from judging import answer, openai_config, prompt
 from stub_llm_server import StubServer
 
-from megatron_ptrl.config import JudgeConfig
+from megatron_ptrl.config import JudgeConfig, ServerConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.records import Judgement
 from megatron_ptrl.rollout.judge_server import parse_score
 from megatron_ptrl.rollout.rewards import Rewarder, make_rewarder
+from megatron_ptrl.thinking.generators import Request
+from megatron_ptrl.thinking.servers import Servers
 
 SECONDS = 60.0
 ALWAYS = ("--every", "1000")  # only what begins with "poison"
@@ -164,11 +167,21 @@ def test_a_pause_between_two_steps_is_no_outage(tmp_path):
         rewarder.close()
 
 
-def test_a_judgement_that_is_given_up_leaves_the_others_their_turn(tmp_path):
+def test_a_request_that_is_given_up_takes_no_others_turn(tmp_path):
+    async def give_up(url: str) -> int:
+        servers = Servers([url], ServerConfig(in_flight=1, model="m"))
+        request = Request("p", [{"role": "user", "content": "poison"}], 1, 0.0, 1.0, [], 0)
+        tasks = [asyncio.create_task(servers.generate(request)) for _ in range(5)]
+        while len(servers._waiting) < 4:
+            await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await servers.close()
+        return len(servers._waiting)
+
     with StubServer(tmp_path / "log", "--fault", "hang", *ALWAYS) as server:
-        config = openai_config([server.url], deadline=1.0, server={"patience": 0.9, "in_flight": 2})
-        rewards, _ = judged(config, "poison", "poison answers", *["right"] * 30)
-    assert rewards == [(None, "deadline")] * 2 + [(1.0, "judged")] * 30
+        assert asyncio.run(give_up(server.url)) == 0
 
 
 def test_requests_go_out_together(tmp_path):
