@@ -10,15 +10,23 @@ import argparse
 import asyncio
 import hashlib
 import json
+import re
 import subprocess
 import sys
+import urllib.request
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 STATUS = {"429": 429, "500": 500, "503": 503, "400": 400, "401": 401, "404": 404}
-FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags")
+SCORES = {
+    "prose": "The prediction holds, I would say.",
+    "score_2": "Score: 2",
+    "both_scores": "Score: 0\nScore: 1",
+    "thought": "<think>\nScore: 0 if strict.\n</think>\nScore: 0? No. All in all:\nScore: 1",
+}
+FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags", *SCORES)
 
 
 class StubServer:
@@ -36,6 +44,11 @@ class StubServer:
         """First words of the documents that were answered, in order."""
         return self._log.read_text().split()
 
+    def most_at_once(self) -> int:
+        """Requests that were under way together."""
+        with urllib.request.urlopen(self.url + "/models") as reply:
+            return json.load(reply)["most_at_once"]
+
     def kill(self) -> None:
         """As a crash would."""
         self.process.kill()
@@ -50,12 +63,21 @@ class StubServer:
         self.process.stdout.close()
 
 
+def judged(prompt: str) -> list[str]:
+    """Reference and prediction of a judge's prompt, or nothing."""
+    found = re.search(r"\nReference:\n(.*)\nPredicted:\n(.*)\n## Scoring Rules\n", prompt, re.DOTALL)
+    return [found[1], found[2]] if found else []
+
+
 def completion(body: dict, fault: str) -> dict:
     prompt = body["messages"][-1]["content"]
     digest = hashlib.sha256(f"{prompt}{body['seed']}".encode()).hexdigest()
     message = {"role": "assistant", "content": None, "reasoning_content": f"Let me think. {digest} é東"}
     if fault == "no_tag":
         message = {"role": "assistant", "content": "An answer at once."}
+    if pair := judged(prompt):
+        score = int(pair[0].lower().startswith(pair[1].lower()))
+        message = {"role": "assistant", "content": SCORES.get(fault, f"Score: {score}")}
     if fault == "tags":
         message = {"role": "assistant", "content": f"<think>\nhm {digest}\n</think>\nThe answer."}
     return {
@@ -70,7 +92,7 @@ def completion(body: dict, fault: str) -> dict:
 class Stub:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.fault, self.every, self.latency = arguments.fault, arguments.every, arguments.latency
-        self.requests = 0
+        self.requests = self.under_way = self.most_at_once = 0
         self.log = open(arguments.log, "a", buffering=1)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -92,12 +114,17 @@ class Stub:
             headers[name.lower()] = value.strip()
         content = await reader.readexactly(int(headers.get("content-length", 0)))
         if line.split()[1] == b"/v1/models":
-            return await self._answer(writer, 200, json.dumps({"data": [{"id": "stub"}]}).encode())
+            models = {"data": [{"id": "stub"}], "most_at_once": self.most_at_once}
+            return await self._answer(writer, 200, json.dumps(models).encode())
         body = json.loads(content)
-        word = body["messages"][-1]["content"].split()[0]
+        prompt = body["messages"][-1]["content"]
+        word = (judged(prompt) or [prompt])[-1].split()[0]
         self.requests += 1
+        self.under_way += 1
+        self.most_at_once = max(self.most_at_once, self.under_way)
         # Not all the same, so that replies overtake each other.
         await asyncio.sleep(self.latency * (1 + zlib.crc32(word.encode()) % 5))
+        self.under_way -= 1
         # "poison" documents fail every time, the others when it is their turn.
         fault = self.fault if self.fault and (word.startswith("poison") or self.requests % self.every == 0) else ""
         if fault == "drop":

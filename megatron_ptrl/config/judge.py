@@ -56,7 +56,7 @@ class VerifyConfig:
     math: bool = True
     """Compare by math-verify what neither the text nor the number settles. False leaves it at these two."""
     timeout: float = 5.0
-    """Seconds for one comparison, after which there is no reward."""
+    """Seconds of CPU time for one comparison, after which there is no reward."""
     workers: int = 2
     """Processes that compare."""
     memory_gb: float = 4.0

@@ -29,7 +29,7 @@ RULES = (
 
 # What a prediction would write to end the judge's prompt early and answer it itself.
 _JUDGE_MARKUP = re.compile(
-    r"(?im)^\W*(?:task|reference|predicted|scoring rules|output format)\b.*:\s*$|\bscore\s*:\s*[01]\b"
+    r"(?im)^\s*#+\s*(?:task|scoring rules)\b|^\W*(?:reference|predicted|output format)\b.*:\s*$|\bscore\s*:\s*[01]\b"
 )
 
 

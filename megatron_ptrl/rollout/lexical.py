@@ -10,7 +10,10 @@ from megatron_ptrl.rollout.words import joined, numbers, words
 
 
 class LexicalJudge:
-    """1 for a prediction that is spelt nearly like the reference's beginning, or all of it under the strict reward."""
+    """1 for a prediction that is spelt nearly like the reference's beginning, or all of it under the strict reward.
+
+    One short word of a long sentence makes no difference to it, be it "not"; a higher `lexical.threshold` does.
+    """
 
     name = "lexical"
     description = "lexical judge: compares characters, understands nothing, for smoke runs only"

@@ -87,12 +87,28 @@ class Servers:
             raise GeneratorUnusable(f"the environment variable {config.api_key_env} holds what no HTTP header may")
         self._session: aiohttp.ClientSession | None = None
         self._asking_model = asyncio.Lock()
-        self._last_reply = 0.0
+        self._last_reply = self._idle_since = 0.0
+        self._asking = 0
         self._last_failure = "none has been asked"
+
+    async def model_name(self) -> str:
+        """The model's name as the servers know it."""
+        return self._model or await self._ask_model()
 
     async def generate(self, request: Request) -> Reply:
         """The reply of one of the servers, after as many attempts as it takes and the settings allow."""
-        model = self._model or await self._ask_model()
+        loop = asyncio.get_running_loop()
+        if not self._asking:
+            self._last_reply += loop.time() - self._idle_since  # nobody waited meanwhile
+        self._asking += 1
+        try:
+            return await self._generate(request)
+        finally:
+            self._asking -= 1
+            self._idle_since = loop.time()
+
+    async def _generate(self, request: Request) -> Reply:
+        model = await self.model_name()
         body = {
             "model": model,
             "messages": request.messages,
@@ -140,14 +156,31 @@ class Servers:
         return self._session
 
     async def _ask_model(self) -> str:
+        loop = asyncio.get_running_loop()
         async with self._asking_model:
-            for server in self._servers if self._model is None else ():
-                try:
-                    async with self._open().get(server.url + "/models", timeout=aiohttp.ClientTimeout(total=30)) as got:
-                        self._model = str(json.loads(await got.read())["data"][0]["id"])
-                        break
-                except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
-                    continue
+            until = loop.time() + self._config.patience
+            while self._model is None:
+                answered = False
+                for server in self._servers:
+                    try:
+                        async with self._open().get(
+                            server.url + "/models", timeout=aiohttp.ClientTimeout(total=30)
+                        ) as got:
+                            answered = got.status < 500 or answered
+                            self._model = str(json.loads(await got.read())["data"][0]["id"])
+                            break
+                    except (
+                        aiohttp.ClientError,
+                        TimeoutError,
+                        asyncio.TimeoutError,
+                        ValueError,
+                        LookupError,
+                        TypeError,
+                    ):
+                        continue
+                if answered or loop.time() > until:
+                    break
+                await asyncio.sleep(min(1.0, self._config.patience / 4))  # it may still be loading its weights
         if self._model is None:
             raise GeneratorUnusable(
                 f"no server tells its model's name at {self._servers[0].url}/models; set server.model"
@@ -174,9 +207,11 @@ class Servers:
             self._waiting.append(turn)
             soonest = min(max(server.in_again - now, 0.0) for server in self._servers)
             # A server that is in but full wakes the next in line itself.
-            await asyncio.wait([turn], timeout=max(soonest, 0.05) if soonest else 1.0)
-            if turn in self._waiting:
-                self._waiting.remove(turn)
+            try:
+                await asyncio.wait([turn], timeout=max(soonest, 0.05) if soonest else 1.0)
+            finally:  # cancelled, it must take no other's turn
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
 
     def _release(self, server: _Server) -> None:
         server.in_flight -= 1
