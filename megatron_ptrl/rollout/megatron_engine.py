@@ -58,9 +58,7 @@ class MegatronEngine:
 
     name = "megatron"
 
-    def __init__(
-        self, config: RunConfig, chunks: Sequence[Module], *, eod: int, vocab_size: int, batch: int
-    ) -> None:
+    def __init__(self, config: RunConfig, chunks: Sequence[Module], *, eod: int, vocab_size: int, batch: int) -> None:
         check_can_generate(config)
         if batch < 1:
             raise InputError(f"the rollout engine's batch is {batch}; expected >= 1")
