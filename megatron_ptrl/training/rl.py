@@ -144,6 +144,7 @@ class Reinforcement(TrainingRun):
     def _step(self) -> Figures:
         config, start = self.config, time.perf_counter()
         learning_rate, step = self._learning_rate(), self.progress.step + 1
+        mcore.gather_weights(self.chunks)
         self.engine.sync(self.progress.step, self._export)
         found = self._collect(step)
         collected = time.perf_counter()
