@@ -115,7 +115,8 @@ def gradient_by_hand(rank: int, world_size: int, settings: Settings) -> tuple[Me
         groups: dict[int, list[dict[str, Any]]] = {}
         for line in read_rollouts(settings["run_dir"], 1):
             groups.setdefault(line["place"], []).append(line)
-        total, count = torch.zeros(()), 0
+        total, tokens, answers = torch.zeros(()), 0, 0
+        by_answer = settings["policy.aggregation"] == "sequence_mean"
         for group in groups.values():
             rewards = torch.tensor([line["reward"] for line in group])
             if rewards.std() == 0:
@@ -127,14 +128,16 @@ def gradient_by_hand(rank: int, world_size: int, settings: Settings) -> tuple[Me
                 logits = model(ids, positions, mask)[0].log_softmax(-1)
                 answer = len(line["prompt_ids"])
                 logprobs = logits[answer - 1 : -1].gather(-1, ids[0, answer:, None])[:, 0]
-                count += len(logprobs)
-                total = total - advantage * logprobs.sum()
-        found = torch.autograd.grad(total / count, [p for p in model.parameters() if p.requires_grad])
+                tokens, answers = tokens + len(logprobs), answers + 1
+                total = total - advantage * (logprobs.mean() if by_answer else logprobs.sum())
+        divisor = answers if by_answer else tokens
+        found = torch.autograd.grad(total / divisor, [p for p in model.parameters() if p.requires_grad])
         return figures, float(torch.stack([g.norm() for g in found]).norm())
 
 
-def test_the_first_update_is_reinforce_with_a_ratio_of_1(ranks, prefix, tmp_path, prompts, start):
-    options = {"optimizer__clip_grad": 0.0, "rollout__samples": 6}
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_the_first_update_is_reinforce_with_a_ratio_of_1(ranks, prefix, tmp_path, prompts, start, aggregation):
+    options = {"optimizer__clip_grad": 0.0, "rollout__samples": 6, "policy__aggregation": aggregation}
     settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **options)
     figures, expected = ranks.run(1, gradient_by_hand, settings)[0]
     assert (figures["ratio"], figures["ratio_max"], figures["clip_share"], figures["kl"]) == (1, 1, 0, 0)
