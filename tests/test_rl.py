@@ -10,6 +10,7 @@ from ranks import Ranks
 from rl_runs import Letters, make_prompts, read_rl_metrics, read_rollouts, reinforcement, rl_config, run_rl
 from tiny import Metrics, Settings, assert_close_metrics, run_tiny, tiny_config
 
+from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.records import Judgement, Prompt
 
 STEPS = 2
@@ -246,8 +247,16 @@ def test_prompts_that_are_too_long_are_told(ranks, prefix, tmp_path, start):
     path = Path(make_prompts(tmp_path / "p.jsonl", 5))
     long = Prompt(id="long", task="asr", messages=[{"role": "user", "content": "x y " * 90}], target="", reference="")
     path.write_bytes(path.read_bytes() + long.to_line() + b"\n")
-    settings = rl_config(prefix, [str(path)], tmp_path / "run", checkpoint__load=start, train__steps=2)
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}Q: {{ m.content }}{% endfor %}{% if add_generation_prompt %} A:{% endif %}"
+    )
+    options = {"train__steps": 2, "data__template": str(template)}
+    settings = rl_config(prefix, [str(path)], tmp_path / "run", checkpoint__load=start, **options)
     rows = run_rl(ranks, 1, settings)
     rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
     assert {line["id"] for line in rejects} == {"long"} and {line["reason"] for line in rejects} == {"too_long"}
     assert rows[-1]["consumed_samples"] == 8 + len(rejects)
+    (line, *_) = read_rollouts(tmp_path / "run", 1)
+    text = Tokenizer(prefix + ".tokenizer.json").decode(line["prompt_ids"])
+    assert text.startswith("Q: ") and text.endswith(" A:"), "written by data.template"
