@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from megatron_ptrl.config import RewardShaping
+from megatron_ptrl.config import PolicyLossConfig, RewardShaping
 
 if TYPE_CHECKING:
     from megatron_ptrl.losses.linear_head import (
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         linear_reward_shaped_cross_entropy_sum,
         linear_reward_shaped_cross_entropy_sum_with_stats,
     )
+    from megatron_ptrl.losses.policy import PolicyLoss, group_advantages, policy_loss
     from megatron_ptrl.losses.remit import remit_weights, rho1_weights
     from megatron_ptrl.losses.reward_shaped_ce import (
         TokenStats,
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "PolicyLoss",
+    "PolicyLossConfig",
     "RewardShaping",
     "TokenStats",
+    "group_advantages",
     "linear_reward_shaped_cross_entropy",
     "linear_reward_shaped_cross_entropy_sum",
     "linear_reward_shaped_cross_entropy_sum_with_stats",
     "linear_reward_shaped_cross_entropy_with_stats",
+    "policy_loss",
     "remit_weights",
     "reward_shaped_cross_entropy",
     "reward_shaped_cross_entropy_with_stats",
@@ -35,10 +40,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "PolicyLoss": "policy",
+    "group_advantages": "policy",
     "linear_reward_shaped_cross_entropy": "linear_head",
     "linear_reward_shaped_cross_entropy_sum": "linear_head_sum",
     "linear_reward_shaped_cross_entropy_sum_with_stats": "linear_head_sum",
     "linear_reward_shaped_cross_entropy_with_stats": "linear_head",
+    "policy_loss": "policy",
     "remit_weights": "remit",
     "rho1_weights": "remit",
 }

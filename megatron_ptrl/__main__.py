@@ -43,6 +43,16 @@ _STAGES = {
     "pretrain": _Stage(
         "megatron_ptrl.training.pretrain", "PretrainConfig", ".bin/.idx -> checkpoints, metrics, plots", trains=True
     ),
+    "sft": _Stage(
+        "megatron_ptrl.training.sft", "SFTConfig", "conversations + checkpoint -> a model that answers", trains=True
+    ),
+    "rl": _Stage(
+        "megatron_ptrl.training.rl",
+        "RLConfig",
+        "prompts + checkpoint -> a policy trained by its rewards (RLPT, RLVR)",
+        trains=True,
+        extra="rl",
+    ),
     "score": _Stage(
         "megatron_ptrl.training.score", "ScoreConfig", "checkpoint + .bin/.idx -> log-probabilities", trains=True
     ),

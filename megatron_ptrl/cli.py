@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from megatron_ptrl.config import ModelConfig, PretrainConfig
+from megatron_ptrl.config import ModelConfig, RunConfig
 from megatron_ptrl.errors import InputError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -126,7 +126,7 @@ def _name_nearest(message: str, fields: list[str]) -> str:
 
 def _with_megatron_fields(config_class: type) -> type:
     """`config_class`, its `model` extended by the fields of Megatron-Core's TransformerConfig that YAML can hold."""
-    if config_class is not PretrainConfig:
+    if not issubclass(config_class, RunConfig):
         return config_class
     from megatron_ptrl.training.mcore import transformer_fields
 

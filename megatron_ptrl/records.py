@@ -79,3 +79,66 @@ class Thought:
             return cls(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise InputError(f"{where}: {error}; expected a line as `ptrl think` writes it") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A task for a policy, with what its answer is judged by: one line of a prompts file."""
+
+    id: str
+    """Unique in its file."""
+    task: str
+    """"asr" (predict the next segment), "msr" (fill in a masked one) or "rlvr" (a problem with a checkable answer)."""
+    messages: list[dict[str, str]]
+    """Chat messages, role and content."""
+    target: str
+    """The segment itself, or the problem's answer: what the strict reward compares with."""
+    reference: str
+    """The target and what follows it, up to what the prompt shows: what the prefix reward compares with."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def to_line(self) -> bytes:
+        """JSON, without a line end."""
+        return to_line({name: getattr(self, name) for name in self.__slots__})
+
+    @classmethod
+    def from_json(cls, line: str | bytes, where: str) -> "Prompt":
+        """The prompt of one line. Raises InputError, naming `where`, for a line that is none."""
+        try:
+            return cls(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{where}: {error}; expected a line as `ptrl segment` writes it") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """What a policy wrote to a prompt."""
+
+    prompt_id: str
+    index: int
+    """Which of the prompt's rollouts, from 0."""
+    prompt_ids: list[int]
+    token_ids: list[int]
+    """The response, the end-of-document token that ended it included."""
+    logprobs: list[float]
+    """Of each token of the response, in nats, by the engine that drew it, under the distribution it drew from."""
+    text: str
+    """The response decoded, without the end-of-document token."""
+    finish_reason: str
+    """"stop", or "length" for a response that was cut off."""
+    weight_version: int
+    """Optimizer steps that the weights had seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What a rollout is worth."""
+
+    reward: float | None
+    """None where it could not be judged: such a sample takes part in nothing."""
+    reason: str
+    """"judged", the rule of the gate that failed, or why there is no judgement."""
+    prediction: str
+    """What stood between the tags, or the answer that was found; empty for none."""
+    seconds: float
+    """Of the judge."""

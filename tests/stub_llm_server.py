@@ -11,15 +11,23 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.request
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 STATUS = {"429": 429, "500": 500, "503": 503, "400": 400, "401": 401, "404": 404}
-FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags")
+SCORES = {
+    "prose": "The prediction holds, I would say.",
+    "score_2": "Score: 2",
+    "both_scores": "Score: 0\nScore: 1",
+    "thought": "<think>\nScore: 0 if strict.\n</think>\nScore: 0? No. All in all:\nScore: 1",
+}
+FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags", *SCORES)
 LIKE = ("plain", "vllm", "vllm_older", "vllm_unparsed", "sglang", "sglang_unparsed", "transformers")
 
 
@@ -44,6 +52,11 @@ class StubServer:
         """Start the list of answers anew."""
         os.truncate(self._log, 0)
 
+    def most_at_once(self) -> int:
+        """Requests that were under way together."""
+        with urllib.request.urlopen(self.url + "/models") as reply:
+            return json.load(reply)["most_at_once"]
+
     def kill(self) -> None:
         """As a crash would."""
         self.process.kill()
@@ -56,6 +69,12 @@ class StubServer:
         self.kill()
         assert self.process.stdout
         self.process.stdout.close()
+
+
+def judged(prompt: str) -> list[str]:
+    """Reference and prediction of a judge's prompt, or nothing."""
+    found = re.search(r"\nReference:\n(.*)\nPredicted:\n(.*)\n## Scoring Rules\n", prompt, re.DOTALL)
+    return [found[1], found[2]] if found else []
 
 
 def label_reply(document: str) -> str:
@@ -74,6 +93,9 @@ def completion(body: dict, fault: str, like: str) -> dict:
     message = {"role": "assistant", "content": None, "reasoning_content": thinking}
     if fault == "no_tag":
         message = {"role": "assistant", "content": "An answer at once."}
+    if pair := judged(prompt):
+        score = int(pair[0].lower().startswith(pair[1].lower()))
+        message = {"role": "assistant", "content": SCORES.get(fault, f"Score: {score}")}
     if fault == "tags":
         message = {"role": "assistant", "content": f"<think>\nhm {digest}\n</think>\nThe answer."}
     document, asked, _ = prompt.partition("\n\n## End of the document ##")
@@ -119,7 +141,7 @@ class Stub:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.fault, self.every, self.latency = arguments.fault, arguments.every, arguments.latency
         self.like = arguments.like
-        self.requests = 0
+        self.requests = self.under_way = self.most_at_once = 0
         self.log = open(arguments.log, "a", buffering=1)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -141,12 +163,17 @@ class Stub:
             headers[name.lower()] = value.strip()
         content = await reader.readexactly(int(headers.get("content-length", 0)))
         if line.split()[1] == b"/v1/models":
-            return await self._answer(writer, 200, json.dumps({"data": [{"id": "stub"}]}).encode())
+            models = {"data": [{"id": "stub"}], "most_at_once": self.most_at_once}
+            return await self._answer(writer, 200, json.dumps(models).encode())
         body = json.loads(content)
-        word = body["messages"][-1]["content"].split()[0]
+        prompt = body["messages"][-1]["content"]
+        word = (judged(prompt) or [prompt])[-1].split()[0]
         self.requests += 1
+        self.under_way += 1
+        self.most_at_once = max(self.most_at_once, self.under_way)
         # Not all the same, so that replies overtake each other.
         await asyncio.sleep(self.latency * (1 + zlib.crc32(word.encode()) % 5))
+        self.under_way -= 1
         # "poison" documents fail every time, the others when it is their turn.
         fault = self.fault if self.fault and (word.startswith("poison") or self.requests % self.every == 0) else ""
         if fault == "drop":

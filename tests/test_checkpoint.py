@@ -64,9 +64,9 @@ def everything(run: Any) -> dict[str, Any]:
 def saved_and_loaded(rank: int, world_size: int, settings: Settings) -> tuple[list[str], int]:
     """(paths of what differs after a save and a load, number of leaves compared)."""
     with pretraining(settings, world_size) as run:
-        batches = run._batches()
+        run._begin()
         for _ in range(SAVED):
-            run._step(batches)
+            run._step()
         run._save()
         before = everything(run)
     with pretraining(settings, world_size) as run:

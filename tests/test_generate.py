@@ -23,9 +23,9 @@ def generated(rank: int, world_size: int, wanted: Settings, eod_at: int | None =
     with pretraining(wanted, world_size) as run:
         from megatron_ptrl.training.generate import generate
 
-        batches = run._batches()
+        run._begin()
         for _ in range(4):
-            run._step(batches)
+            run._step()
         vocab = run.tokenizer.vocab_size
         whole = generate(run.config, run.chunks, PROMPT, vocab_size=vocab, eod=-1)
         stopped = generate(run.config, run.chunks, PROMPT, vocab_size=vocab, eod=whole[eod_at]) if eod_at else []
@@ -37,9 +37,9 @@ def generated(rank: int, world_size: int, wanted: Settings, eod_at: int | None =
 def by_hand(rank: int, world_size: int, wanted: Settings) -> list[list[int]]:
     """The same by forward passes over exactly the tokens written so far."""
     with pretraining(wanted, world_size) as run:
-        batches = run._batches()
+        run._begin()
         for _ in range(4):
-            run._step(batches)
+            run._step()
         model = run.chunks[0].eval()
         texts = []
         for prompt in (PROMPT, ([3, 1] * 50 + PROMPT)[-(64 - NEW) :]):

@@ -22,8 +22,8 @@ def used_and_logged(rank: int, world_size: int, settings: Settings) -> list[tupl
             return step()
 
         run.optimizer.step = recording
-        batches = run._batches()
-        return [(used[-1], logged) for logged in (run._step(batches)["learning_rate"] for _ in range(STEPS))]
+        run._begin()
+        return [(used[-1], logged) for logged in (run._step()["learning_rate"] for _ in range(STEPS))]
 
 
 def cosine(step: int, end: int) -> float:
@@ -78,7 +78,8 @@ def weights_after_a_step(rank: int, world_size: int, settings: Settings) -> tupl
     with pretraining(settings, world_size) as run:
         weights = dict(run.chunks[0].module.named_parameters())
         before = {name: weight.detach().clone() for name, weight in weights.items()}
-        run._step(run._batches())
+        run._begin()
+        run._step()
         return before, {name: weight.detach().clone() for name, weight in weights.items()}
 
 

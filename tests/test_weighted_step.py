@@ -62,7 +62,8 @@ def step_and_truth(rank: int, world_size: int, runs: list[Settings]) -> list[tup
     for settings in runs:
         with pretraining(settings, world_size) as run:
             truth = by_logits(run)
-            found.append((run._step(run._batches()), truth))
+            run._begin()
+            found.append((run._step(), truth))
         parallel_state.destroy_model_parallel()
     return found
 
@@ -201,7 +202,8 @@ def spoilt(rank: int, world_size: int, settings: Settings) -> list[Any]:
         weights, sums = run.weighting.weigh(x, batch)
         next(run.reference._chunks[0].parameters()).data.fill_(torch.nan)
         try:
-            run._step(run._batches())
+            run._begin()
+            run._step()
         except InputError as error:
             return [weights.tolist(), [float(value) for value in sums], str(error)]
     return []

@@ -42,7 +42,7 @@ from megatron_ptrl.errors import InputError  # noqa: E402
 from megatron_ptrl.training import checkpoint, mcore, resume  # noqa: E402
 from megatron_ptrl.training.checkpoint import Progress  # noqa: E402
 from megatron_ptrl.training.optimizer import build_optimizer, build_scheduler  # noqa: E402
-from megatron_ptrl.training.pretrain import plain_settings  # noqa: E402
+from megatron_ptrl.training.run import plain_settings  # noqa: E402
 from megatron_ptrl.training.runlog import RunLog  # noqa: E402
 
 

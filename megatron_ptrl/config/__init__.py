@@ -5,19 +5,23 @@ Sizes are in tokens or samples, times in seconds, loss terms in nats. A field na
 """
 
 from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig
+from megatron_ptrl.config.judge import GateConfig, JudgeConfig, LexicalConfig, VerifyConfig
 from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
 from megatron_ptrl.config.model import ModelConfig, ParallelConfig
-from megatron_ptrl.config.pretrain import (
+from megatron_ptrl.config.policy import PolicyLossConfig
+from megatron_ptrl.config.pretrain import DataConfig, PretrainConfig, SampleConfig, TrainConfig
+from megatron_ptrl.config.remit import RemitConfig
+from megatron_ptrl.config.rl import PromptsConfig, RLConfig, RolloutConfig
+from megatron_ptrl.config.run import (
     CheckpointConfig,
-    DataConfig,
     LogConfig,
     OptimizerConfig,
-    PretrainConfig,
-    SampleConfig,
-    TrainConfig,
+    PaceConfig,
+    RowsConfig,
+    RunConfig,
 )
-from megatron_ptrl.config.remit import RemitConfig
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
+from megatron_ptrl.config.sft import ChatDataConfig, SFTConfig, SFTTrainConfig
 from megatron_ptrl.config.think import ExecutorConfig, GeneratorConfig, SamplingConfig, ServerConfig, ThinkConfig
 from megatron_ptrl.config.think_report import AskConfig, ThinkReportConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
@@ -27,20 +31,33 @@ __all__ = [
     "DEFAULT_TOP_K",
     "AskConfig",
     "AssembleConfig",
+    "ChatDataConfig",
     "CheckpointConfig",
     "DataConfig",
     "DoctorConfig",
     "ExecutorConfig",
+    "GateConfig",
     "GeneratorConfig",
+    "JudgeConfig",
+    "LexicalConfig",
     "LogConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PaceConfig",
     "ParallelConfig",
+    "PolicyLossConfig",
     "PretrainConfig",
+    "PromptsConfig",
+    "RLConfig",
     "RemitConfig",
     "ReportConfig",
     "RewardShaping",
+    "RolloutConfig",
+    "RowsConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SFTTrainConfig",
     "SampleConfig",
     "SamplingConfig",
     "ScoreConfig",
@@ -51,4 +68,5 @@ __all__ = [
     "ThinkingFilterConfig",
     "TokenizeConfig",
     "TrainConfig",
+    "VerifyConfig",
 ]

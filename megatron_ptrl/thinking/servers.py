@@ -98,12 +98,28 @@ class Servers:
         self._spellings = _spellings(self._key)
         self._session: aiohttp.ClientSession | None = None
         self._asking_model = asyncio.Lock()
-        self._last_reply = 0.0
+        self._last_reply = self._idle_since = 0.0
+        self._asking = 0
         self._last_failure = "none has been asked"
+
+    async def model_name(self) -> str:
+        """The model's name as the servers know it."""
+        return self._model or await self._ask_model()
 
     async def generate(self, request: Request) -> Reply:
         """The reply of one of the servers, after as many attempts as it takes and the settings allow."""
-        model = self._model or await self._ask_model()
+        loop = asyncio.get_running_loop()
+        if not self._asking:
+            self._last_reply += loop.time() - self._idle_since  # nobody waited meanwhile
+        self._asking += 1
+        try:
+            return await self._generate(request)
+        finally:
+            self._asking -= 1
+            self._idle_since = loop.time()
+
+    async def _generate(self, request: Request) -> Reply:
+        model = await self.model_name()
         body = {
             "model": model,
             "messages": request.messages,
@@ -206,9 +222,11 @@ class Servers:
             self._waiting.append(turn)
             soonest = min(max(server.in_again - now, 0.0) for server in self._servers)
             # A server that is in but full wakes the next in line itself.
-            await asyncio.wait([turn], timeout=max(soonest, 0.05) if soonest else 1.0)
-            if turn in self._waiting:
-                self._waiting.remove(turn)
+            try:
+                await asyncio.wait([turn], timeout=max(soonest, 0.05) if soonest else 1.0)
+            finally:  # cancelled, it must take no other's turn
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
 
     def _release(self, server: _Server) -> None:
         server.in_flight -= 1

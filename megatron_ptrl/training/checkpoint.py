@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_ptrl.config import CheckpointConfig
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.training.mcore import unwrap
+from megatron_ptrl.training.mcore import gather_weights, unwrap
 from megatron_ptrl.training.optimizer import fill_adam_state, load_optimizer
 
 MANIFEST = "run.json"
@@ -38,6 +38,9 @@ class Progress:
 
     step: int = 0
     consumed_samples: int = 0
+    """Places in the data's order that are behind: samples, or prompts."""
+    consumed_tokens: int = 0
+    """Counted where the tokens of a step vary; 0 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,9 @@ def save(
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    for chunk in chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            # The other ranks' share of the last update is else fetched by the next forward only.
-            chunk.start_param_sync(force_sync=True)
+    gather_weights(chunks)
+    # A step without anything to learn may come before the first update.
+    fill_adam_state(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["run"] = {**dataclasses.asdict(progress), "scheduler": scheduler.state_dict()}
     try:
@@ -145,10 +147,11 @@ def load(path: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple
     state = dist_checkpointing.load(wanted, str(path))
     _load_weights(chunks, state)
     load_optimizer(optimizer, state["optimizer"])
-    scheduler.load_state_dict(state["run"]["scheduler"])
+    run = state["run"]
+    scheduler.load_state_dict(run["scheduler"])
     if same_layout:
         _set_random_state(state["random"])
-    return Progress(state["run"]["step"], state["run"]["consumed_samples"]), same_layout
+    return Progress(run["step"], run["consumed_samples"], run.get("consumed_tokens", 0)), same_layout
 
 
 def load_weights(path: Path, chunks: list[Any], optimizer: Any = None) -> None:

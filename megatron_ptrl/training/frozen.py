@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_ptrl.cli import parse
-from megatron_ptrl.config import ModelConfig, PretrainConfig
+from megatron_ptrl.config import ModelConfig, PretrainConfig, RunConfig
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint, mcore
@@ -47,7 +47,7 @@ def check_vocabulary(path: Path, manifest: dict[str, Any], tokenizer: Tokenizer,
         )
 
 
-def check_padding(path: Path, manifest: dict[str, Any], config: PretrainConfig, field: str) -> None:
+def check_padding(path: Path, manifest: dict[str, Any], config: RunConfig, field: str) -> None:
     """InputError where `config`'s layout pads the vocabulary to another size than the checkpoint's at `path` did.
 
     The padding is in the softmax: columns that no training has seen would change every probability.
@@ -61,7 +61,7 @@ def check_padding(path: Path, manifest: dict[str, Any], config: PretrainConfig, 
         )
 
 
-def load_frozen_model(config: PretrainConfig, path: Path, vocab_size: int) -> list[torch.nn.Module]:
+def load_frozen_model(config: RunConfig, path: Path, vocab_size: int) -> list[torch.nn.Module]:
     """The chunks of `config.model` on this rank with the weights of the checkpoint. Collective over all ranks."""
     chunks = mcore.build_frozen_model(config, vocab_size)
     checkpoint.load_weights(path, chunks)

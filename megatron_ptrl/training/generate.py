@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.config import PretrainConfig, RunConfig
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
 
 
-def next_logits(config: PretrainConfig, chunks: list[Any], written: list[int]) -> Tensor:
+def next_logits(config: RunConfig, chunks: list[Any], written: list[int]) -> Tensor:
     """Logits (v,) after the last token of `written`, on every rank.
 
     The window is always seq_length long: sequence parallelism cannot split one token.

@@ -56,6 +56,11 @@ def active() -> bool:
     return bool(_installed)
 
 
+def undirected() -> Any:
+    """A context whose torch calls are not looked at for a CUDA device: for many small ones that name none."""
+    return torch._C.DisableTorchFunction() if active() else contextlib.nullcontext()
+
+
 class _OnHost(TorchFunctionMode):
     """Sends every torch call that names a CUDA device to the CPU."""
 
@@ -186,7 +191,8 @@ def _patch_gloo() -> None:
     from torch._C._distributed_c10d import ProcessGroupGloo
 
     group: Any = ProcessGroupGloo
-    make, devices = group.__init__, []
+    make = group.__init__
+    devices: list[Any] = []
 
     def init(self: Any, store: Any, rank: int, size: int, *args: Any, **kwargs: Any) -> None:
         if args or set(kwargs) != {"timeout"}:

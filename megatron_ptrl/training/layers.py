@@ -15,6 +15,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import moe_utils
@@ -24,8 +25,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.config import RunConfig
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.training.kv_cache import CachedSelfAttention
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # Megatron-Core 0.16 asks for the name in its router and, without Transformer Engine, never defines it.
@@ -48,7 +50,7 @@ def has_transformer_engine() -> bool:
     return HAVE_TE and torch.cuda.is_available()
 
 
-def check_supported(config: PretrainConfig) -> None:
+def check_supported(config: RunConfig) -> None:
     """InputError where the layers that this machine has cannot do what the config asks."""
     if getattr(config.model, "multi_latent_attention", False):
         raise InputError("model.multi_latent_attention needs another model than this GPT; leave it false")
@@ -228,6 +230,8 @@ def _adapt_layer(layer: ModuleSpec, *, use_te: bool, isolate_documents: bool) ->
     if experts is not None and experts.module is SequentialMLP:
         experts.module = SeededExperts
     attention = layer.submodules.self_attention
+    if attention.module is SelfAttention:
+        attention.module = CachedSelfAttention
     if isolate_documents:
         attention.params = {**attention.params, "attn_mask_type": AttnMaskType.arbitrary}
     if use_te:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.config import RunConfig
 from megatron_ptrl.errors import InputError
 
 
@@ -15,6 +15,7 @@ class Layout:
     world_size: int
     dp: int
     num_microbatches: int
+    """Of a step on each data-parallel rank; 0 where that differs from step to step."""
 
 
 def check_launched(world_size: int) -> None:
@@ -23,7 +24,7 @@ def check_launched(world_size: int) -> None:
         raise InputError(f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set; launch the ranks with torchrun")
 
 
-def check_layout(config: PretrainConfig, world_size: int) -> Layout:
+def check_layout(config: RunConfig, world_size: int) -> Layout:
     """The layout of `world_size` ranks, or InputError with the reason why it cannot work."""
     parallel, train = config.parallel, config.train
     model_ranks = parallel.tp * parallel.pp * parallel.cp
@@ -33,20 +34,20 @@ def check_layout(config: PretrainConfig, world_size: int) -> Layout:
             f"{model_ranks}; launch a multiple of {model_ranks} (torchrun --nproc-per-node) or change the sizes"
         )
     dp = world_size // model_ranks
-    per_round = train.micro_batch * dp
-    if train.global_batch % per_round:
+    per_round, rows = train.micro_batch * dp, config.rows_per_step or 0
+    if rows % per_round:
         raise InputError(
-            f"train.global_batch {train.global_batch} does not divide by train.micro_batch {train.micro_batch} x "
+            f"train.global_batch {rows} does not divide by train.micro_batch {train.micro_batch} x "
             f"{dp} data-parallel ranks = {per_round}; make it a multiple of {per_round}"
         )
-    layout = Layout(world_size, dp, train.global_batch // per_round)
+    layout = Layout(world_size, dp, rows // per_round)
     _check_tensor(config)
     _check_pipeline(config, layout)
     _check_experts(config, layout)
     return layout
 
 
-def _check_tensor(config: PretrainConfig) -> None:
+def _check_tensor(config: RunConfig) -> None:
     parallel, model, seq_length = config.parallel, config.model, config.data.seq_length
     groups = model.num_query_groups or model.num_attention_heads
     _divides("model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", groups)
@@ -64,7 +65,7 @@ def _check_tensor(config: PretrainConfig) -> None:
         _divides("data.seq_length", seq_length, "2 x parallel.cp", 2 * parallel.cp)
 
 
-def _check_pipeline(config: PretrainConfig, layout: Layout) -> None:
+def _check_pipeline(config: RunConfig, layout: Layout) -> None:
     parallel, model = config.parallel, config.model
     if config.loss.impl == "linear" and getattr(model, "defer_embedding_wgrad_compute", False):
         raise InputError(
@@ -91,7 +92,7 @@ def _check_pipeline(config: PretrainConfig, layout: Layout) -> None:
         _divides("model.num_layers", model.num_layers, "parallel.pp x vpp", stages)
 
 
-def _check_experts(config: PretrainConfig, layout: Layout) -> None:
+def _check_experts(config: RunConfig, layout: Layout) -> None:
     parallel, experts = config.parallel, getattr(config.model, "num_moe_experts", None)
     if experts is None:
         if parallel.ep > 1:

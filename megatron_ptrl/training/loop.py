@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.config import RunConfig
 from megatron_ptrl.data.batches import Batch
 from megatron_ptrl.losses.reward_shaped_ce import TokenStats
 from megatron_ptrl.training.mcore import RewardShapedGPTModel, unwrap
@@ -91,7 +91,7 @@ def _loss_and_sums(
 
 
 def train_step(
-    config: PretrainConfig,
+    config: RunConfig,
     chunks: list[Any],
     optimizer: MegatronOptimizer,
     batches: Batches,
@@ -102,17 +102,30 @@ def train_step(
 
     With RHO-1's weights `loss` is the mean over the tokens they keep; all other means are over all unmasked ones.
     """
+    step = partial(forward_step, weighting=weighting)
+    reports, grad_norm = optimize(config, chunks, optimizer, step, batches, num_microbatches)
+    return {**_means(reports, weighting.names if weighting else ()), "grad_norm": grad_norm}
+
+
+def optimize(
+    config: RunConfig,
+    chunks: list[Any],
+    optimizer: MegatronOptimizer,
+    step: Callable[..., tuple[Tensor, Any]],
+    batches: Batches,
+    num_microbatches: int,
+) -> tuple[list[Any], float]:
+    """One optimizer step by Megatron's forward step; what its losses report on the last stage, the gradient's norm."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    step = partial(forward_step, weighting=weighting)
     reports = run_schedule(config, chunks, step, batches, num_microbatches, forward_only=False)
     _, grad_norm, _ = optimizer.step()
-    return {**_means(reports, weighting.names if weighting else ()), "grad_norm": float(grad_norm)}
+    return reports, float(grad_norm)
 
 
 @torch.no_grad()
-def evaluate(config: PretrainConfig, chunks: list[Any], batches: Batches, num_microbatches: int) -> dict[str, float]:
+def evaluate(config: RunConfig, chunks: list[Any], batches: Batches, num_microbatches: int) -> dict[str, float]:
     """Means over the unmasked tokens of `num_microbatches` batches on each data-parallel rank."""
     for chunk in chunks:
         chunk.eval()
@@ -123,7 +136,7 @@ def evaluate(config: PretrainConfig, chunks: list[Any], batches: Batches, num_mi
 
 
 def run_schedule(
-    config: PretrainConfig,
+    config: RunConfig,
     chunks: list[Any],
     step: Callable[..., tuple[Tensor, Any]],
     batches: Batches,

@@ -1,6 +1,6 @@
 """Config -> Megatron-Core's process groups and model. The one place that knows its moving parts.
 
-PretrainConfig --check_layout--> Layout --initialize--> process groups --build_model--> model chunks (DDP)
+RunConfig --check_layout--> Layout --initialize--> process groups --build_model--> model chunks (DDP)
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_ptrl.config import LossConfig, ModelConfig, PretrainConfig
+from megatron_ptrl.config import LossConfig, ModelConfig, RunConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.losses.linear_head import linear_reward_shaped_cross_entropy_with_stats
 from megatron_ptrl.losses.linear_head_sum import linear_reward_shaped_cross_entropy_sum_with_stats
@@ -159,7 +159,7 @@ def ffn_size(model: ModelConfig) -> int:
     return model.ffn_hidden_size or -(-model.hidden_size * 8 // 3 // 64) * 64
 
 
-def transformer_config(config: PretrainConfig) -> SeededTransformerConfig:
+def transformer_config(config: RunConfig) -> SeededTransformerConfig:
     """Megatron-Core's config for this run. Raises InputError with Megatron-Core's reason where it refuses it."""
     model, parallel = config.model, config.parallel
     own = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelConfig)}
@@ -217,7 +217,7 @@ def join_ranks(*, timeout_minutes: int = 30) -> None:
         )
 
 
-def initialize(config: PretrainConfig, *, timeout_minutes: int = 30) -> None:
+def initialize(config: RunConfig, *, timeout_minutes: int = 30) -> None:
     """Start torch.distributed and Megatron's process groups; seed everything."""
     join_ranks(timeout_minutes=timeout_minutes)
     parallel = config.parallel
@@ -233,7 +233,7 @@ def initialize(config: PretrainConfig, *, timeout_minutes: int = 30) -> None:
     seed(config)
 
 
-def seed(config: PretrainConfig) -> None:
+def seed(config: RunConfig) -> None:
     """Seed dropout: alike on the ranks of a tensor-parallel group where Megatron wants it, apart across the others."""
     offset = 100 * parallel_state.get_pipeline_model_parallel_rank()
     offset += 10_000 * parallel_state.get_data_parallel_rank()
@@ -247,7 +247,7 @@ def shutdown() -> None:
     dist.destroy_process_group()
 
 
-def build_model(config: PretrainConfig, vocab_size: int) -> list[DistributedDataParallel]:
+def build_model(config: RunConfig, vocab_size: int) -> list[DistributedDataParallel]:
     """The model chunks of this rank, wrapped for mixed precision and data parallelism, on the rank's device.
 
     vocab_size: real tokens; the embedding is padded by `padded_vocab_size`.
@@ -256,7 +256,7 @@ def build_model(config: PretrainConfig, vocab_size: int) -> list[DistributedData
     return _distribute(config, transformer, _build_chunks(config, transformer, vocab_size))
 
 
-def build_frozen_model(config: PretrainConfig, vocab_size: int) -> list[torch.nn.Module]:
+def build_frozen_model(config: RunConfig, vocab_size: int) -> list[torch.nn.Module]:
     """As `build_model`, only to be run forward: in eval mode, without the buffers and hooks of data parallelism.
 
     Its random weights are meant to be replaced by a checkpoint's. Leaves the random state changed.
@@ -264,9 +264,7 @@ def build_frozen_model(config: PretrainConfig, vocab_size: int) -> list[torch.nn
     return [chunk.eval() for chunk in _build_chunks(config, transformer_config(config), vocab_size)]
 
 
-def _build_chunks(
-    config: PretrainConfig, transformer: SeededTransformerConfig, vocab_size: int
-) -> list[torch.nn.Module]:
+def _build_chunks(config: RunConfig, transformer: SeededTransformerConfig, vocab_size: int) -> list[torch.nn.Module]:
     use_te = layers.has_transformer_engine()
     bare: list[torch.nn.Module] = []
     for stage in range(config.parallel.vpp or 1):
@@ -297,7 +295,7 @@ def _build_chunks(
 
 
 def _distribute(
-    config: PretrainConfig, transformer: TransformerConfig, bare: list[torch.nn.Module]
+    config: RunConfig, transformer: TransformerConfig, bare: list[torch.nn.Module]
 ) -> list[DistributedDataParallel]:
     parallel = config.parallel
     settings = DistributedDataParallelConfig(
@@ -323,6 +321,13 @@ def _distribute(
 
 def _one_or_all(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
+
+
+def gather_weights(chunks: list[DistributedDataParallel]) -> None:
+    """Fetch the other ranks' share of the last update, which with overlap_param_gather the next forward would fetch."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def unwrap(chunk: torch.nn.Module) -> RewardShapedGPTModel:

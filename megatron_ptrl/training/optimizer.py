@@ -8,14 +8,14 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ptrl.config import PretrainConfig
+from megatron_ptrl.config import RunConfig
 from megatron_ptrl.errors import InputError
 
 _OF_THE_RUN = ("lr", "max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "weight_decay", "betas", "eps")
 _STYLES = {"constant": "constant", "cosine": "cosine", "wsd": "WSD"}
 
 
-def build_optimizer(config: PretrainConfig, chunks: list[Any]) -> MegatronOptimizer:
+def build_optimizer(config: RunConfig, chunks: list[Any]) -> MegatronOptimizer:
     """AdamW over the model chunks; fused where apex or Transformer Engine is there, else torch's."""
     optimizer = config.optimizer
     bf16 = config.train.precision == "bf16"
@@ -58,7 +58,7 @@ def _spare_norms_and_biases(settings: MegatronOptimizerConfig) -> Any:
     return overrides(settings) if overrides else None
 
 
-def check_schedule(config: PretrainConfig) -> tuple[int, int | None]:
+def check_schedule(config: RunConfig) -> tuple[int, int | None]:
     """(steps until the rate stays at its minimum, steps of the last part of wsd).
 
     Raises InputError where the parts do not fit into the run.
@@ -82,10 +82,10 @@ def check_schedule(config: PretrainConfig) -> tuple[int, int | None]:
     return decay_steps, wsd_decay_steps
 
 
-def build_scheduler(config: PretrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """The learning-rate schedule, counted in samples as Megatron-LM does."""
+def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """The learning-rate schedule, counted in samples as Megatron-LM does, in steps where their samples vary."""
     decay_steps, wsd_decay_steps = check_schedule(config)
-    samples = config.train.global_batch
+    samples = config.rows_per_step or 1
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

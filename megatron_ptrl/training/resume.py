@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_ptrl.config import ModelConfig, PretrainConfig
+from megatron_ptrl.config import ModelConfig, RunConfig
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint
@@ -23,12 +23,21 @@ _MUST_STAY = {
     "train.global_batch": "the position in the data and the schedule are counted in it",
     "parallel.distributed_optimizer": "Megatron-Core cannot convert the two forms",
 }
+_SECTIONS = ("data", "loss", "optimizer", "train", "remit", "prompts", "rollout", "policy", "judge")
 _NO_EFFECT = ("cache", "micro_batch", "offload_reference", "top_tokens")
-_ORDER_SAMPLES = ("data.train", "data.valid", "data.split", "data.seq_length", "train.seed", "train.steps")
+_ORDER_SAMPLES = (
+    "data.train",
+    "data.valid",
+    "data.split",
+    "data.seq_length",
+    "train.seed",
+    "train.steps",
+    "prompts.files",
+)
 
 
 def restore(
-    config: PretrainConfig, tokenizer: Tokenizer, chunks: list[Any], optimizer: Any, scheduler: Any
+    config: RunConfig, tokenizer: Tokenizer, chunks: list[Any], optimizer: Any, scheduler: Any
 ) -> tuple[Progress, list[str]]:
     """Load the newest whole checkpoint of the run, else the weights that `checkpoint.load` names, else nothing.
 
@@ -40,7 +49,7 @@ def restore(
     found = checkpoint.find_on_rank_0(directory)
     notes = [f"not loaded: {reason}" for reason in found.passed_over]
     if found.path is not None:
-        _check_same_model(found.path, config, tokenizer)
+        check_same_model(found.path, config, tokenizer)
         changed = _check_settings(found.path, config)
         progress, whole = checkpoint.load(found.path, chunks, optimizer, scheduler)
         notes += [f"continuing from {found.path} (step {progress.step})", *changed]
@@ -55,7 +64,7 @@ def restore(
     if config.checkpoint.load is None:
         return Progress(), notes
     path, passed_over = find_source(config.checkpoint.load, "checkpoint.load")
-    _check_same_model(path, config, tokenizer)
+    check_same_model(path, config, tokenizer)
     checkpoint.load_weights(path, chunks, optimizer)
     return Progress(), [*notes, *passed_over, f"starting from the weights of {path}"]
 
@@ -78,7 +87,7 @@ def find_source(
     return found.path, notes
 
 
-def describe(config: PretrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def describe(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the manifest of a checkpoint says of the run: model, vocabulary, tokenizer, settings by dotted name."""
     return {
         "model": model_fields(config.model),
@@ -98,17 +107,18 @@ def model_fields(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _settings(config: PretrainConfig) -> dict[str, Any]:
+def _settings(config: RunConfig) -> dict[str, Any]:
     """What a step's result follows from, besides the model."""
     named = {"parallel.distributed_optimizer": config.parallel.distributed_optimizer}
-    for section in ("data", "loss", "optimizer", "train", "remit"):
+    for section in (name for name in _SECTIONS if hasattr(config, name)):
         for name, value in dataclasses.asdict(getattr(config, section)).items():
             if not name.startswith("eval_") and name not in _NO_EFFECT:
                 named[f"{section}.{name}"] = value
     return named
 
 
-def _check_same_model(path: Path, config: PretrainConfig, tokenizer: Tokenizer) -> None:
+def check_same_model(path: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """InputError unless the checkpoint at `path` holds the model of this run, trained with its tokenizer."""
     manifest, mine = checkpoint.read_manifest(path), describe(config, tokenizer)
     saved = {name: manifest["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": manifest["vocab_size"]}
     here = {name: mine["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": mine["vocab_size"]}
@@ -125,7 +135,7 @@ def _check_same_model(path: Path, config: PretrainConfig, tokenizer: Tokenizer) 
         )
 
 
-def _check_settings(path: Path, config: PretrainConfig) -> list[str]:
+def _check_settings(path: Path, config: RunConfig) -> list[str]:
     """A note for each setting that changed since the checkpoint."""
     saved, now = checkpoint.read_manifest(path)["settings"], _settings(config)
     changed = {name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value}

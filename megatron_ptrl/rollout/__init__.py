@@ -1,0 +1,1 @@
+"""A policy's responses to prompts, and what they are worth."""
