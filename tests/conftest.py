@@ -1,5 +1,6 @@
 """What every test may use."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -8,6 +9,7 @@ import torch
 from cubins import Cubins
 from ranks import Ranks
 from scoring import make_data, reference_settings
+from slurm_cluster import SlurmCluster, missing_programs
 from tiny import Settings, make_corpus, run_tiny
 
 # The first call of a torch operator takes longer than hypothesis's default of 200 ms.
@@ -59,3 +61,23 @@ def reference(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactor
 def unscored(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prefix of a few documents of very different lengths, by the tiny corpus's tokenizer."""
     return make_data(tmp_path_factory.mktemp("unscored"), prefix + ".tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Started for the first test that wants it."""
+    if missing := missing_programs():
+        pytest.skip(f"there is no {', '.join(missing)}; Debian has them in slurm-wlm, munge and util-linux")
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+    """The cluster with nothing to do, and Slurm's commands of this test are for it."""
+    # What a job has that these tests are run in would be taken for one of the test's own.
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.configuration))
+    slurm_cluster.clear()
+    return slurm_cluster

@@ -52,6 +52,9 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._path.open("a+b")
         self._lock()
+        if self.is_finished:
+            # By another process that was also told to; opening made the journal anew.
+            self._path.unlink(missing_ok=True)
         end = 0
         for _, position, offset, length in self._entries():
             self.done.add(position)

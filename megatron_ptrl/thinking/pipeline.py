@@ -12,8 +12,13 @@ import asyncio
 import hashlib
 import json
 import os
+import secrets
+import shlex
+import shutil
+import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -23,7 +28,6 @@ from typing import Any
 import fsspec
 import multiprocess
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 from multiprocess.process import parent_process
@@ -224,36 +228,60 @@ class _LocalExecutor(LocalPipelineExecutor):
                 pass
 
 
+class _SlurmExecutor(SlurmPipelineExecutor):
+    """An array job, and no other: datatrove's own job of statistics waits for ever where a task was killed."""
+
+    def launch_merge_stats(self) -> None:
+        pass
+
+    def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
+        """The batch script, whose paths may have blanks in them."""
+        pickle = self.logging_dir.resolve_paths("executor.pik")
+        paths = {name: f'"{sbatch_args[name]}"' for name in ("output", "error")}
+        return super().get_launch_file_contents(sbatch_args | paths, run_script.replace(pickle, shlex.quote(pickle)))
+
+
 def _execute(config: ThinkConfig, parts: list[Part], left: list[int]) -> None:
     _silence()
     settings = config.executor
     step = ThinkStep(config, parts, left)
     tasks = min(settings.tasks, len(left))
-    logs = str(Path(config.output) / "logs")
-    executor: PipelineExecutor
-    if settings.kind == "local":
-        # What is left is told by the output itself, not by datatrove's marks.
-        executor = _LocalExecutor(
-            [step], tasks=tasks, workers=min(settings.workers, tasks), logging_dir=logs, skip_completed=False
-        )
-        executor.key_env = config.server.api_key_env
-    else:
-        executor = SlurmPipelineExecutor(
-            [step],
-            tasks=tasks,
-            workers=settings.workers,
-            time=settings.time,
-            partition=settings.partition,
-            qos=settings.qos,
-            cpus_per_task=settings.cpus_per_task,
-            mem_per_cpu_gb=settings.mem_per_cpu_gb,
-            env_command=settings.env_command or f"export PATH={Path(sys.executable).parent}:$PATH",
-            job_name="ptrl_think",
-            logging_dir=logs,
-            slurm_logs_folder=str(Path(logs) / "slurm"),
-            skip_completed=False,
-        )
+    logs = Path(config.output) / "logs"
+    if settings.kind == "slurm":
+        return _submit(config, step, tasks, logs)
+    # What is left is told by the output itself, not by datatrove's marks.
+    executor = _LocalExecutor(
+        [step], tasks=tasks, workers=min(settings.workers, tasks), logging_dir=str(logs), skip_completed=False
+    )
+    executor.key_env = config.server.api_key_env
     executor.run()
+
+
+def _submit(config: ThinkConfig, step: ThinkStep, tasks: int, logs: Path) -> None:
+    if shutil.which("sbatch") is None:
+        raise InputError("executor.kind is slurm, and there is no sbatch on the PATH")
+    settings = config.executor
+    # A folder for each submission: what an earlier job still has to read in its own must stay as it is.
+    folder = logs / f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
+    executor = _SlurmExecutor(
+        [step],
+        tasks=tasks,
+        workers=settings.workers,
+        time=settings.time,
+        partition=settings.partition,
+        qos=settings.qos,
+        cpus_per_task=settings.cpus_per_task,
+        mem_per_cpu_gb=settings.mem_per_cpu_gb,
+        env_command=settings.env_command or f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
+        job_name="ptrl_think",
+        logging_dir=str(folder),
+        slurm_logs_folder=str(folder / "slurm"),
+        skip_completed=False,
+    )
+    try:
+        executor.run()
+    except subprocess.CalledProcessError as error:
+        raise InputError("Slurm's sbatch did not take the job, for the reason that it gave above") from error
 
 
 def _silence() -> None:
