@@ -19,10 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_ptrl.data.input_parts import Position
 from megatron_ptrl.errors import InputError
-
-Position = tuple[int, int]
-"""File of the part, from 0; line or row in it, from 1."""
 
 KINDS = ("thoughts", "rejects")
 SECONDS_FOR_THE_LOCK = 10.0
