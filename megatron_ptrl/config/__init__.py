@@ -18,6 +18,7 @@ from megatron_ptrl.config.pretrain import (
 )
 from megatron_ptrl.config.remit import RemitConfig
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
+from megatron_ptrl.config.segment import CleanConfig, QualityConfig, SegmentConfig, SplitConfig, TaskConfig
 from megatron_ptrl.config.think import ExecutorConfig, SamplingConfig, ServerConfig, ThinkConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
 
@@ -26,6 +27,7 @@ __all__ = [
     "DEFAULT_TOP_K",
     "AssembleConfig",
     "CheckpointConfig",
+    "CleanConfig",
     "DataConfig",
     "DoctorConfig",
     "ExecutorConfig",
@@ -35,14 +37,18 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PretrainConfig",
+    "QualityConfig",
     "RemitConfig",
     "ReportConfig",
     "RewardShaping",
     "SampleConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "SegmentConfig",
     "SelectConfig",
     "ServerConfig",
+    "SplitConfig",
+    "TaskConfig",
     "ThinkConfig",
     "ThinkReportConfig",
     "ThinkingFilterConfig",
