@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 STATUS = {"429": 429, "500": 500, "503": 503, "400": 400, "401": 401, "404": 404}
-FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags")
+FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags", "score")
 
 
 class StubServer:
@@ -58,6 +58,8 @@ def completion(body: dict, fault: str) -> dict:
         message = {"role": "assistant", "content": "An answer at once."}
     if fault == "tags":
         message = {"role": "assistant", "content": f"<think>\nhm {digest}\n</think>\nThe answer."}
+    if fault == "score":
+        message = {"role": "assistant", "content": f"Score: 9 would be too much.\nScore: {len(prompt.split()[0]) % 6}"}
     return {
         "id": "x",
         "object": "chat.completion",

@@ -25,9 +25,10 @@ from megatron_ptrl.data.input_parts import Part, begin, list_inputs, make_parts
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.executors import PartStep, execute
 from megatron_ptrl.segmenting.decontaminate import index_runs
+from megatron_ptrl.segmenting.files import KINDS, Files, save_array, write_whole
 from megatron_ptrl.segmenting.near_duplicates import find_duplicates
 from megatron_ptrl.segmenting.prompts import PromptMaker, load_template
-from megatron_ptrl.segmenting.segment_stage import KINDS, Files, SegmentPart, save_array, write_signatures, write_whole
+from megatron_ptrl.segmenting.segment_stage import SegmentPart, write_signatures
 from megatron_ptrl.segmenting.segments import make_cut
 
 

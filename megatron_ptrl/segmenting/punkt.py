@@ -48,8 +48,7 @@ _LANGUAGES = {
 _WINDOW = 8
 _SMALLEST_SHARE = 1 << 16
 
-# NLTK gives up on a text after five seconds by the clock. No clock may decide what comes out, and sentences.py shows
-# it no more than a few thousand lines at a time.
+# NLTK gives up on an expression after five seconds by the clock; no clock may decide what comes out.
 redos.DEFAULT_TIMEOUT = None
 
 

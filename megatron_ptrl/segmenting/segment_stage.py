@@ -22,6 +22,7 @@ from megatron_ptrl.config import SegmentConfig
 from megatron_ptrl.data.input_parts import Part, Position, Unreadable, read_part
 from megatron_ptrl.records import Document, to_line
 from megatron_ptrl.segmenting.decontaminate import shared_run
+from megatron_ptrl.segmenting.files import KINDS, Files, save_array, write_whole
 from megatron_ptrl.segmenting.mask import mask
 from megatron_ptrl.segmenting.near_duplicates import signatures
 from megatron_ptrl.segmenting.prompts import TAGS, PromptMaker
@@ -29,8 +30,6 @@ from megatron_ptrl.segmenting.quality import Score, score_part
 from megatron_ptrl.segmenting.rules import broken_rule
 from megatron_ptrl.segmenting.segments import make_cut
 from megatron_ptrl.segmenting.words import WordHashes, words_of
-
-KINDS = ("asr", "msr", "rejects")
 
 
 @dataclass(frozen=True)
@@ -52,51 +51,6 @@ class Item:
     path: str
     """The file as the user named it."""
     record: Document | Rejected
-
-
-class Files:
-    """Where the stage keeps what."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.plan = output / "plan.json"
-        self.punkt = output / "punkt.json"
-        self.summary = output / "summary.json"
-        self.parts = output / "parts"
-        self.clean = output / "clean"
-        self.duplicates = self.clean / "duplicates.npy"
-        self.evaluation_runs = self.clean / "evaluation_runs.npy"
-
-    def signatures(self, part: int) -> Path:
-        return self.clean / "signatures" / f"{part:05d}.npy"
-
-    def scores(self, part: int) -> Path:
-        return self.clean / "scores" / f"{part:05d}.jsonl"
-
-    def of_part(self, kind: str, part: int) -> Path:
-        """`kind` is one of KINDS."""
-        return self.parts / f"{kind}-{part:05d}.jsonl"
-
-    def counts(self, part: int) -> Path:
-        """There once the part is finished."""
-        return self.parts / f"{part:05d}.json"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all, also if several processes write the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def save_array(path: Path, array: numpy.ndarray) -> None:
-    """As `write_whole`, for numpy.load."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    with temporary.open("wb") as stream:
-        numpy.save(stream, array, allow_pickle=False)
-    os.replace(temporary, path)
 
 
 def read_items(part: Part, config: SegmentConfig) -> Iterator[Item]:
@@ -236,12 +190,5 @@ class SegmentPart:
 
 
 def _reject_line(item: Item, task: str | None, rejected: Rejected) -> bytes:
-    return to_line(
-        {
-            "id": item.id,
-            "where": f"{item.path}:{item.position[1]}",
-            "task": task,
-            "reason": rejected.reason,
-            "detail": rejected.detail,
-        }
-    )
+    where = f"{item.path}:{item.position[1]}"
+    return to_line({"id": item.id, "where": where, "task": task, "reason": rejected.reason, "detail": rejected.detail})

@@ -7,7 +7,6 @@ segment, white space in the one it follows, so the segments make up the document
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from megatron_ptrl.config import SplitConfig
 from megatron_ptrl.errors import InputError
@@ -18,10 +17,6 @@ Cut = Callable[[str], list[int]]
 PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 # What Punkt, made for periods before blanks, cannot see: blank lines, and the ends of sentences in other scripts.
 _OTHER_END = re.compile(r"\n[^\S\n]*\n\s*|[。！？｡।॥؟۔]+[」』”’）】》]*\s*")
-# Punkt sees a text in windows, so that no text can make it take more than linearly long.
-WINDOW = 1 << 16
-# A sentence's end is believed in when this much of the window is behind it.
-_MARGIN = 1 << 10
 
 
 def make_cut(split: SplitConfig, punkt: Path) -> Cut:
@@ -49,28 +44,11 @@ def _punkt(parameters: Path) -> Cut:
     tokenizer = open_tokenizer(parameters)
 
     def cut(text: str) -> list[int]:
-        others = (match.end() for match in _OTHER_END.finditer(text))
-        return _tidied(text, [*punkt_starts(tokenizer, text), *others])
+        # The first sentence begins behind the white space that is to be its own.
+        starts = [start for start, _ in tokenizer.span_tokenize(text)][1:]
+        return _tidied(text, [*starts, *(match.end() for match in _OTHER_END.finditer(text))])
 
     return cut
-
-
-def punkt_starts(tokenizer: Any, text: str, window: int = WINDOW) -> list[int]:
-    """Where Punkt begins sentences, the first one excepted.
-
-    A window begins where a sentence does, so the sentences are those of the whole text, but for one that is longer
-    than a window: that one is cut there.
-    """
-    starts, begin = [], 0
-    while begin < len(text):
-        piece = text[begin : begin + window]
-        found = [start for start, _ in tokenizer.span_tokenize(piece)][1:]
-        if begin + window >= len(text):
-            return starts + [begin + start for start in found]
-        sure = [begin + start for start in found if start <= window - min(_MARGIN, window // 2)]
-        starts += sure or [begin + window]
-        begin = starts[-1]
-    return starts
 
 
 def _sentencex(language: str) -> Cut:
