@@ -2,8 +2,8 @@
 
     python benchmarks/segment.py [--megabytes 8] [--documents 20000] [--output FILE.json]
 
-By the processor's clock, so that a busy machine shows little in it; medians of the rounds. The stage as a whole writes a
-prompt with its context for each sentence, twice, and what that is depends on task.context_tokens.
+By the processor's clock, so that a busy machine shows little in it; medians of the rounds. The stage as a whole writes
+two prompts with their contexts for each sentence; how much that is depends on task.context_tokens.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import json
 
 import nltk
 import pytest
+import sentencex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,6 +125,14 @@ def test_what_punkt_alone_does_not_see(punkt):
         "谢谢।",
         "अब",
     ]
+
+
+def test_what_sentencex_leaves_out_stays_in_the_text(punkt):
+    text = "Some words of a sentence that is not short. And: one more.\n\n" * 900
+    lost = len(text) - len("".join(sentencex.segment("en", text)))
+    places = make_cut(CUTS["sentencex"], punkt)(text)
+    print(f"sentencex leaves out {lost} of {len(text):,} characters")
+    assert places == sorted({*range(0, len(text) + 1, 60), *range(44, len(text), 60)})
 
 
 def test_units(punkt):
