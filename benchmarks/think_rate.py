@@ -18,7 +18,8 @@ from pathlib import Path
 import aiohttp
 
 from megatron_ptrl.config import ServerConfig, ThinkConfig
-from megatron_ptrl.thinking.generate_stage import InputFile, Think
+from megatron_ptrl.data.input_parts import InputFile
+from megatron_ptrl.thinking.generate_stage import Think
 from megatron_ptrl.thinking.generators import make_generator
 from megatron_ptrl.thinking.journal import Journal
 from megatron_ptrl.thinking.prompts import load_template, make_cut

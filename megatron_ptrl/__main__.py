@@ -40,6 +40,9 @@ _STAGES = {
     "think_report": _Stage(
         "megatron_ptrl.thinking.analysis", "ThinkReportConfig", "thinking -> a table and plots", positional="runs"
     ),
+    "segment": _Stage(
+        "megatron_ptrl.segmenting.pipeline", "SegmentConfig", "documents -> next-segment prompts (RLPT)", extra="seg"
+    ),
     "pretrain": _Stage(
         "megatron_ptrl.training.pretrain", "PretrainConfig", ".bin/.idx -> checkpoints, metrics, plots", trains=True
     ),

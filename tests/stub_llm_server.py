@@ -27,7 +27,7 @@ SCORES = {
     "both_scores": "Score: 0\nScore: 1",
     "thought": "<think>\nScore: 0 if strict.\n</think>\nScore: 0? No. All in all:\nScore: 1",
 }
-FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags", *SCORES)
+FAULTS = (*STATUS, "drop", "hang", "not_json", "not_chat", "no_tag", "tags", "score", *SCORES)
 LIKE = ("plain", "vllm", "vllm_older", "vllm_unparsed", "sglang", "sglang_unparsed", "transformers")
 
 
@@ -98,6 +98,8 @@ def completion(body: dict, fault: str, like: str) -> dict:
         message = {"role": "assistant", "content": SCORES.get(fault, f"Score: {score}")}
     if fault == "tags":
         message = {"role": "assistant", "content": f"<think>\nhm {digest}\n</think>\nThe answer."}
+    if fault == "score":
+        message = {"role": "assistant", "content": f"Score: 9 would be too much.\nScore: {len(prompt.split()[0]) % 6}"}
     document, asked, _ = prompt.partition("\n\n## End of the document ##")
     if asked:
         message = {"role": "assistant", "content": label_reply(document)}

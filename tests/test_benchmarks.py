@@ -15,6 +15,7 @@ SMALL = {
     "score.py": ["--vocab", "512", "--hidden", "64", "--layers", "1", "--seq_length", "32", "--rounds", "1"],
     "data.py": ["--documents", "200", "--vocab", "512", "--megabytes", "0.5", "--rounds", "1", "--memory", "0.2"],
     "rollout.py": ["--vocab", "512", "--hidden", "64", "--layers", "1", "--batch", "2", "--tokens", "8", "--rounds=1"],
+    "segment.py": ["--documents", "512", "--megabytes", "0.2", "--rounds", "1"],
 }
 
 

@@ -21,6 +21,7 @@ from megatron_ptrl.config.run import (
     RunConfig,
 )
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
+from megatron_ptrl.config.segment import CleanConfig, QualityConfig, SegmentConfig, SplitConfig, TaskConfig
 from megatron_ptrl.config.sft import ChatDataConfig, SFTConfig, SFTTrainConfig
 from megatron_ptrl.config.think import ExecutorConfig, GeneratorConfig, SamplingConfig, ServerConfig, ThinkConfig
 from megatron_ptrl.config.think_report import AskConfig, ThinkReportConfig
@@ -33,6 +34,7 @@ __all__ = [
     "AssembleConfig",
     "ChatDataConfig",
     "CheckpointConfig",
+    "CleanConfig",
     "DataConfig",
     "DoctorConfig",
     "ExecutorConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "PolicyLossConfig",
     "PretrainConfig",
     "PromptsConfig",
+    "QualityConfig",
     "RLConfig",
     "RemitConfig",
     "ReportConfig",
@@ -61,8 +64,11 @@ __all__ = [
     "SampleConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "SegmentConfig",
     "SelectConfig",
     "ServerConfig",
+    "SplitConfig",
+    "TaskConfig",
     "ThinkConfig",
     "ThinkReportConfig",
     "ThinkingFilterConfig",

@@ -10,42 +10,19 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
 from megatron_ptrl.config import ThinkConfig
-from megatron_ptrl.data.corpus import Rejects, read_stream
-from megatron_ptrl.errors import InputError
+from megatron_ptrl.data.input_parts import InputFile, Position, Unreadable, read_part
 from megatron_ptrl.records import Document, Thought, to_line
 from megatron_ptrl.thinking.generators import GenerationError, Generator, Reply, Request
-from megatron_ptrl.thinking.journal import Journal, Position
+from megatron_ptrl.thinking.journal import Journal
 from megatron_ptrl.thinking.prompts import Cut, Template
 
 OPEN, CLOSE = "<think>", "</think>"
 SECONDS_BETWEEN_LINES = 10.0
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file of the corpus."""
-
-    path: str
-    """As fsspec takes it."""
-    label: str
-    """The path below what the user named: what documents without an id are called by."""
-    size: int
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A record that is no document."""
-
-    source: str
-    line: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -54,31 +31,6 @@ class _Item:
     record: Document | Unreadable
     repeats: bool
     """Whether its file had the id before."""
-
-
-class _Unreadables(Rejects):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Unreadable] = []
-
-    def add(self, source: str, line: int, reason: str) -> None:
-        self.found.append(Unreadable(source, line, reason))
-
-
-def read_part(files: Iterable[InputFile], text_field: str) -> Iterator[tuple[Position, Document | Unreadable]]:
-    """Every record of the part, in order. Raises InputError for a file that cannot be read to its end."""
-    for number, file in enumerate(files):
-        unreadable = _Unreadables()
-        try:
-            # A local name may hold what means something in a URL.
-            with fsspec.open(file.path, "rb") if "://" in file.path else open(file.path, "rb") as raw:
-                for document, _ in read_stream(file.path, raw, file.size, text_field, unreadable, with_fields=True):
-                    yield from (((number, bad.line), bad) for bad in unreadable.found)
-                    unreadable.found.clear()
-                    yield (number, document.line), document
-        except OSError as error:
-            raise InputError(f"{file.path}: {error.strerror or error}") from error
-        yield from (((number, bad.line), bad) for bad in unreadable.found)
 
 
 def seed_of(run_seed: int, document_id: str) -> int:

@@ -23,14 +23,12 @@ from typing import BinaryIO
 
 import numpy
 
+from megatron_ptrl.data.input_parts import Position
 from megatron_ptrl.errors import InputError
-
-Position = tuple[int, int]
-"""File of the part, from 0; line or row in it, from 1."""
 
 KINDS = ("thoughts", "rejects")
 _HEAD = re.compile(rb"(\d+) (\d+) (thoughts|rejects)\t")
-SECONDS_FOR_THE_LOCK = 10.0
+SECONDS_FOR_THE_LOCK = 30.0
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -1,0 +1,140 @@
+"""Which parameters NLTK's Punkt works with: given, installed, or learned from a sample of the corpus.
+
+    split.punkt  >  punkt_tab where it is installed  >  abbreviations.txt + PunktTrainer on a sample
+                                                                            |
+                                                    OUTPUT/punkt.json  <----+   every process reads this
+
+NLTK's own files for parameters may only lie in its data folder, so ours are one JSON file.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nltk import redos
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer, PunktTrainer
+
+from megatron_ptrl.config import SplitConfig
+from megatron_ptrl.data.input_parts import InputFile, Unreadable, read_part
+from megatron_ptrl.errors import InputError
+
+ABBREVIATIONS = Path(__file__).parent / "abbreviations.txt"
+# The folders of punkt_tab.
+_LANGUAGES = {
+    "cs": "czech",
+    "da": "danish",
+    "de": "german",
+    "el": "greek",
+    "en": "english",
+    "es": "spanish",
+    "et": "estonian",
+    "fi": "finnish",
+    "fr": "french",
+    "it": "italian",
+    "ml": "malayalam",
+    "nl": "dutch",
+    "no": "norwegian",
+    "pl": "polish",
+    "pt": "portuguese",
+    "ru": "russian",
+    "sl": "slovene",
+    "sv": "swedish",
+    "tr": "turkish",
+}
+# Of a file no more is read than this many times its share of the sample.
+_WINDOW = 8
+_SMALLEST_SHARE = 1 << 16
+
+# NLTK gives up on an expression after five seconds by the clock; no clock may decide what comes out.
+redos.DEFAULT_TIMEOUT = None
+
+
+def find_parameters(split: SplitConfig, files: Sequence[InputFile], text_field: str, seed: int) -> dict[str, Any]:
+    """{"source": where they are from, "sample": SHA-256 or null, "parameters": {...}}, for punkt.json.
+
+    Raises InputError for a file that holds none.
+    """
+    if split.punkt:
+        return {"source": split.punkt, "sample": None, "parameters": _to_json(read_parameters(Path(split.punkt)))}
+    try:
+        name = _LANGUAGES.get(split.language, split.language)
+        return {"source": f"punkt_tab {name}", "sample": None, "parameters": _to_json(PunktTokenizer(name)._params)}
+    except LookupError:
+        pass
+    sample = draw_sample(files, text_field, seed, int(split.punkt_megabytes * 1e6))
+    digest = hashlib.sha256("\0".join(sample).encode("utf-8", "surrogatepass")).hexdigest()
+    return {
+        "source": f"learned from {sum(map(len, sample)):,} characters of the corpus",
+        "sample": digest,
+        "parameters": _to_json(learn(sample, split.language)),
+    }
+
+
+def learn(sample: Sequence[str], language: str) -> PunktParameters:
+    """Parameters from texts; for English with the shipped abbreviations."""
+    trainer = PunktTrainer()
+    for text in sample:
+        trainer.train(text, finalize=False)
+    trainer.finalize_training()
+    parameters = trainer.get_params()
+    if language == "en":
+        parameters.abbrev_types.update(ABBREVIATIONS.read_text().split())
+    return parameters
+
+
+def draw_sample(files: Sequence[InputFile], text_field: str, seed: int, characters: int) -> list[str]:
+    """About `characters` of text: an equal share of each file, in the order and with the documents the seed draws.
+
+    The documents are from the first megabytes of a file, so that no corpus is read to its end for this.
+    """
+    draw, sample, wanted = random.Random(seed), [], characters
+    share = max(characters // max(len(files), 1), _SMALLEST_SHARE)
+    for file in draw.sample(list(files), len(files)):
+        window, size = [], 0
+        for _, record in read_part((file,), text_field):
+            if not isinstance(record, Unreadable):
+                window.append(record.text[:share])
+                size += len(window[-1])
+            if size >= _WINDOW * share:
+                break
+        draw.shuffle(window)
+        left = min(share, wanted)
+        for text in window:
+            if left > 0:
+                sample.append(text[:left])
+                left -= len(sample[-1])
+                wanted -= len(sample[-1])
+        if wanted <= 0:
+            break
+    return sample
+
+
+def read_parameters(path: Path) -> PunktParameters:
+    """The parameters of a punkt.json. Raises InputError for what is none."""
+    parameters = PunktParameters()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["parameters"]
+        parameters.abbrev_types = set(found["abbreviations"])
+        parameters.collocations = {(first, second) for first, second in found["collocations"]}
+        parameters.sent_starters = set(found["sentence_starters"])
+        parameters.ortho_context.update({word: int(context) for word, context in found["contexts"].items()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"split.punkt {path}: {error!r}; expected a punkt.json of `ptrl segment`") from error
+    return parameters
+
+
+def open_tokenizer(path: Path) -> PunktSentenceTokenizer:
+    """Punkt with the parameters of a punkt.json."""
+    return PunktSentenceTokenizer(read_parameters(path))
+
+
+def _to_json(parameters: PunktParameters) -> dict[str, Any]:
+    return {
+        "abbreviations": sorted(parameters.abbrev_types),
+        "collocations": sorted(map(list, parameters.collocations)),
+        "sentence_starters": sorted(parameters.sent_starters),
+        "contexts": dict(sorted(parameters.ortho_context.items())),
+    }
