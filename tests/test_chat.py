@@ -141,6 +141,27 @@ def test_a_chat_template_ends_responses_with_its_own_token(tmp_path, chatml, mar
     assert encode_prompt(template, chatml, talk[:4]).tolist() == ids[:begin].tolist()
 
 
+@pytest.mark.parametrize("path", ["chat.jinja", "tokenizer_config.json"])
+def test_a_prompt_is_tokenized_as_transformers_does(tmp_path, chatml, path):
+    """Trimmed blocks, `break`, `tojson` as Hugging Face has it, special tokens, the generation prompt."""
+    from transformers import PreTrainedTokenizerFast
+
+    source = "{{ bos_token }}" + CHATML.replace(
+        "{{ message.content | trim }}",
+        "{% if message.content == 'stop' %}{% break %}{% endif %}{{ message.content | tojson }}",
+    )
+    named = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, **named}))
+    (tmp_path / "chat.jinja").write_text(source)
+    talk = [*TALK[:1], {"role": "user", "content": 'a "<b>" & \u00e9'}]
+    theirs = PreTrainedTokenizerFast(tokenizer_file=chatml.path, **named)
+    options = {"chat_template": source, "add_generation_prompt": True}
+    template = make_template(str(tmp_path / path), chatml)
+    assert template.render(talk, ask=True) == theirs.apply_chat_template(talk, tokenize=False, **options)
+    expected = theirs.apply_chat_template(talk, tokenize=True, return_dict=False, **options)
+    assert encode_prompt(template, chatml, talk).tolist() == expected
+
+
 def test_a_template_without_special_tokens_gets_the_end_of_a_document(tmp_path, chatml):
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     source += "{% if add_generation_prompt %}assistant: {% endif %}"

@@ -138,9 +138,13 @@ def test_changed_conversations_are_told_when_a_run_goes_on(ranks, prefix, chats,
     settings = sft_config(prefix, str(file), tmp_path / "run", train__steps=2)
     run_sft(ranks, 1, settings)
     make_chats(Path(file), 41)
-    rows = run_sft(ranks, 1, settings | {"train.steps": 3})
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert "data.train is not what it was at the checkpoint" in (tmp_path / "run" / "log.txt").read_text()
+    log = tmp_path / "run" / "log.txt"
+    run_sft(ranks, 1, settings | {"train.steps": 3})
+    assert "data.train is not what it was at the checkpoint: some are seen twice or never" in log.read_text()
+    # More steps go on where the others ended.
+    rows = run_sft(ranks, 1, settings | {"train.steps": 4})
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert "train.steps was 3, from here on it is 4" in log.read_text() and "another order" not in log.read_text()
 
 
 def commanded(rank: int, world_size: int, words: list[str]) -> tuple[int, str, str]:
