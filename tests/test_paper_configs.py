@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from rl_runs import make_prompts
+from sft_runs import make_chats
 from test_plan import dry_run
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
@@ -21,10 +22,11 @@ PUBLISHED = {
     "tpt-abundant": LLAMA_3_8B,
     "tpt-constrained": LLAMA_3_8B,
     "tpt-midtraining": (151_936, 1_543_714_304),
-    "rlpt-llama3.2-3b": (128_256, 3_212_749_824),
-    "rlpt-qwen3-4b": (151_936, 4_022_468_096),
-    "rlpt-qwen3-8b": (151_936, 8_190_735_360),
+    **{f"{stage}-llama3.2-3b": (128_256, 3_212_749_824) for stage in ("sft", "rlpt")},
+    **{f"{stage}-qwen3-4b": (151_936, 4_022_468_096) for stage in ("sft", "rlpt")},
+    **{f"{stage}-qwen3-8b": (151_936, 8_190_735_360) for stage in ("sft", "rlpt")},
 }
+SFT = [name for name in PUBLISHED if name.startswith("sft")]
 RLPT = [name for name in PUBLISHED if name.startswith("rlpt")]
 REMIT = [name for name in PUBLISHED if name.startswith("remit")]
 # Tokens in all and of a step, peak rate, its shape, clipping: table 5 of the paper, 8k and 4M taken as powers of two.
@@ -102,17 +104,31 @@ def test_a_config_of_rlpt_has_the_settings_of_the_paper_and_can_be_planned(ranks
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", SFT)
+def test_a_config_of_the_cold_start_has_the_settings_of_the_paper_and_can_be_planned(ranks, prefix, tmp_path, name):
+    words = ["--config", str(CONFIGS / f"{name}.yaml"), "--data.train", make_chats(tmp_path / "chats.jsonl", 99)]
+    words += ["--data.tokenizer", f"{prefix}.tokenizer.json", "--run_dir", str(tmp_path / "run")]
+    code, text, err = ranks.run(1, dry_run, [*words, "--dry_run_world_size", "64"], "sft")[0]
+    assert (code, err) == (0, "")
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert (settings["train"]["global_batch"], settings["train"]["epochs"]) == (1024, 3)
+    assert "cosine, lr 2e-05 -> 0, warm-up 0 steps" in text and "99 conversations" in text
+    assert settings["model"] == yaml.safe_load((CONFIGS / f"{name.replace('sft', 'rlpt')}.yaml").read_text())["model"]
+    assert not (tmp_path / "run").exists()
+
+
 def counted(rank: int, world_size: int, name: str) -> tuple[int, Any]:
     from megatron_ptrl.training import host
 
     host.install_if_no_cuda()
     from megatron_ptrl.cli import parse
-    from megatron_ptrl.config import PretrainConfig, RLConfig
+    from megatron_ptrl.config import PretrainConfig, RLConfig, SFTConfig
     from megatron_ptrl.training import layers, mcore, plan
 
     words = ["--config", str(CONFIGS / f"{name}.yaml")]
     words += ["--remit.sidecar", "any"] if "remit" in name else []
-    config = parse(RLConfig if "rlpt" in name else PretrainConfig, words, prog="ptrl")
+    stages = {"rlpt": RLConfig, "sft": SFTConfig}
+    config = parse(stages.get(name.split("-")[0], PretrainConfig), words, prog="ptrl")
     layers.check_supported(config)
     built = mcore.transformer_config(config)
     padded = mcore.padded_vocab_size(PUBLISHED[name][0], config.model, 1)

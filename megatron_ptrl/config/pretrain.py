@@ -1,6 +1,7 @@
 """Pre-training: which documents, how they are held out, the sample at the end."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from megatron_ptrl.config.checks import require
 from megatron_ptrl.config.remit import RemitConfig
@@ -62,6 +63,8 @@ class SampleConfig:
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """`.bin/.idx` -> checkpoints, metrics and plots in `run_dir`."""
+
+    ordered_by_steps: ClassVar[bool] = True
 
     run_dir: str = "runs/pretrain"
     """Everything of the run: config.yaml, metrics.jsonl, log.txt, checkpoints/, plots/, tensorboard/, data_cache/."""

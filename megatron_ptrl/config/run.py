@@ -132,6 +132,9 @@ class LogConfig:
 class RunConfig:
     """A training run; its stage adds what the data are."""
 
+    # Whether another number of steps puts the samples into another order.
+    ordered_by_steps: ClassVar[bool] = False
+
     run_dir: str = "runs/run"
     """Everything of the run: config.yaml, metrics.jsonl, log.txt, checkpoints/, plots/, tensorboard/."""
     dry_run: bool = False

@@ -31,7 +31,6 @@ _ORDER_SAMPLES = (
     "data.split",
     "data.seq_length",
     "train.seed",
-    "train.steps",
     "prompts.files",
 )
 
@@ -146,7 +145,8 @@ def _check_settings(path: Path, config: RunConfig) -> list[str]:
                 f"{path} was saved with {name} {before}, this run has {value}, and {reason}; use the checkpoint's value"
             )
     notes = [f"{name} was {before}, from here on it is {value}" for name, (before, value) in changed.items()]
-    if any(name in changed for name in _ORDER_SAMPLES):
+    steps_order = ("train.steps",) if config.ordered_by_steps else ()
+    if any(name in changed for name in (*_ORDER_SAMPLES, *steps_order)):
         notes.append("so the samples come in another order, and some may be seen twice")
     return notes
 

@@ -151,9 +151,11 @@ class SupervisedTuning(SampledRun):
         self.valid_data = None
         notes = [
             f"data.train: {self.conversations.describe()}",
-            f"what was put aside: {self.conversations.folder / 'rejects.jsonl'}",
             f"{len(rows):,} rows of {config.data.seq_length}, {rows.fill:.1%} full, in {config.train.steps:,} steps",
         ]
+        for conversations in filter(None, (self.conversations, self.valid_conversations)):
+            if conversations.about["rejected"]:
+                notes.append(f"what was put aside, with its reason: {conversations.folder / 'rejects.jsonl'}")
         if self.valid_conversations is not None:
             whole = ChatRows(
                 self.valid_conversations,
@@ -168,9 +170,7 @@ class SupervisedTuning(SampledRun):
         now = self.about[CONVERSATIONS_KEY] = self.conversations.folder.name
         begun = checkpoint.find_on_rank_0(self.checkpoints).path
         if begun and checkpoint.read_manifest(begun).get(CONVERSATIONS_KEY) != now:
-            notes.append(
-                "data.train is not what it was at the checkpoint: some conversations may be seen twice or never"
-            )
+            notes.append("data.train is not what it was at the checkpoint: some are seen twice or never")
         return notes
 
     def _finish(self, figures: Figures, rates: list[float], seconds: float) -> None:
