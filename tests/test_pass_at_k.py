@@ -32,7 +32,9 @@ def test_it_is_unbiased():
     # Its expectation over binomial counts is the probability that one of k independent answers is right.
     chance, samples, k = 0.3, 6, 3
     binomial = [
-        sum(1 for bits in itertools.product([0, 1], repeat=samples) if sum(bits) == c) * chance**c * 0.7 ** (samples - c)
+        sum(1 for bits in itertools.product([0, 1], repeat=samples) if sum(bits) == c)
+        * chance**c
+        * 0.7 ** (samples - c)
         for c in range(samples + 1)
     ]
     expected = sum(share * pass_at_k(samples, c, k) for c, share in enumerate(binomial))

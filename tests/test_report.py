@@ -82,14 +82,14 @@ def test_different_runs_look_different_and_an_overlay_shows_both(tmp_path, monke
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         return bool((np.abs(image[..., :3] - rgb).max(axis=-1) < 0.02).sum() > 500)
 
-    first, second = report._COLOURS[:2]
+    first, second = report.COLOURS[:2]
     assert has(pixels(tmp_path / "a/ce.png"), first) and not has(pixels(tmp_path / "a/ce.png"), second)
     assert has(pixels(tmp_path / "both/ce.png"), first) and has(pixels(tmp_path / "both/ce.png"), second)
 
 
 def test_more_runs_than_colours(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_PLOTS", {"loss": report._PLOTS["loss"]})
-    runs = [make_run(tmp_path / f"run{i}", start=5.0 + i) for i in range(len(report._COLOURS) + 2)]
+    runs = [make_run(tmp_path / f"run{i}", start=5.0 + i) for i in range(len(report.COLOURS) + 2)]
     assert len(draw_plots(runs, tmp_path / "out")) == 1
 
 
@@ -148,7 +148,7 @@ def test_a_step_logged_again_after_a_resume_counts_once(tmp_path):
 
 def test_evaluations_are_placed_by_their_steps_tokens(tmp_path):
     metrics = read_metrics(make_run(tmp_path / "a"))
-    assert [report._tokens_at(metrics, step) for step in (0, 2, 3.5, 6, 7)] == [0, 2000, 3500, 6000, 7000]
+    assert [metrics.tokens_at(step) for step in (0, 2, 3.5, 6, 7)] == [0, 2000, 3500, 6000, 7000]
 
 
 def test_only_evaluations_and_non_finite_values(tmp_path):
@@ -211,4 +211,4 @@ def test_the_histogram_has_a_stair_for_every_bin_in_the_colour_of_its_run(tmp_pa
     assert list(stairs.get_data().edges) == [-1, -0.5, 0, 0.5, 1]
     from matplotlib.colors import to_hex
 
-    assert to_hex(stairs.get_edgecolor()) == report._COLOURS[1]
+    assert to_hex(stairs.get_edgecolor()) == report.COLOURS[1]

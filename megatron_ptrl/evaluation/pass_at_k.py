@@ -56,7 +56,9 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     Raises ValueError for k above `samples`.
     """
     if not 0 <= right <= samples or not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} of {right} right among {samples}; expected 0 <= right <= samples and 1 <= k <= samples")
+        raise ValueError(
+            f"pass@{k} of {right} right among {samples}; expected 0 <= right <= samples and 1 <= k <= samples"
+        )
     if samples - right < k:
         return 1.0
     return float(1.0 - numpy.prod(1.0 - k / numpy.arange(samples - right + 1, samples + 1)))
@@ -74,7 +76,9 @@ def consensus(problem: Problem) -> Consensus:
     for answer, right in zip(problem.answers, problem.right, strict=True):
         if not answer:
             continue
-        known = (i for i, a in enumerate(first) if (right and is_right[i]) or (right == is_right[i] and _same(answer, a)))
+        known = (
+            i for i, a in enumerate(first) if (right and is_right[i]) or (right == is_right[i] and _same(answer, a))
+        )
         number = next(known, None)
         if number is None:
             number = len(first)

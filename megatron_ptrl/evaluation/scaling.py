@@ -194,9 +194,7 @@ def fit(
     low, high = numpy.quantile(spread, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0)
     return Fit(
         form=form,
-        parameters={
-            name: Estimate(float(shown[i]), float(low[i]), float(high[i])) for i, name in enumerate(law.names)
-        },
+        parameters={name: Estimate(float(shown[i]), float(low[i]), float(high[i])) for i, name in enumerate(law.names)},
         unit=unit,
         points=len(x),
         first=float(x.min()),
