@@ -66,7 +66,9 @@ def by_one_rank(rank: int, world_size: int, settings: Settings) -> dict[str, Any
         far = [
             abs(a - b)
             for request, generation in zip(wanted, plain, strict=True)
-            for a, b in zip(trainers_logprobs(run, request, generation.token_ids), generation.logprobs, strict=True)
+            for a, b in zip(
+                trainers_logprobs(run, request, generation.token_ids), generation.logprobs, strict=True
+            )
         ]
         warm = {batch: engine_of(run, batch).generate(wanted, **WARM) for batch in (1, 3, 8)}
         order = random.Random(1).sample(range(len(wanted)), len(wanted))
