@@ -1,5 +1,6 @@
 """The training model as the rollout engine: what full forward passes say, whatever batch, order and layout."""
 
+import math
 import random
 from typing import Any
 
@@ -41,19 +42,23 @@ def engine_of(run: Any, batch: int, **changes: Any) -> Any:
 
 
 def generate(
-    rank: int, world_size: int, settings: Settings, wanted: list[Request], batch: int, **sampling: float
+    rank: int, world_size: int, settings: Settings, wanted: list[Request], batch: int, sampling: dict[str, float]
 ) -> list[Generation]:
     with pretraining(settings, world_size) as run:
         return engine_of(run, batch).generate(wanted, **sampling)
 
 
-def trainers_logprobs(run: Any, request: Request, response: list[int]) -> list[float]:
-    """Of a response, from one forward pass with labels over all of it."""
-    tokens = torch.tensor([request.prompt_ids + response])
-    positions = torch.arange(tokens.shape[1] - 1)[None]
-    with torch.no_grad():
-        loss = run.chunks[0](tokens[:, :-1], positions, None, labels=tokens[:, 1:])
-    return (-loss[0, len(request.prompt_ids) - 1 :]).tolist()
+def farthest(run: Any, wanted: list[Request], found: list[Generation]) -> float:
+    """Largest distance of a log-probability from the trainer's, which one forward pass with labels gives."""
+    far = 0.0
+    for request, generation in zip(wanted, found, strict=True):
+        tokens = torch.tensor([request.prompt_ids + generation.token_ids])
+        positions = torch.arange(tokens.shape[1] - 1)[None]
+        with torch.no_grad():
+            loss = run.chunks[0](tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+        trainers = -loss[0, len(request.prompt_ids) - 1 :]
+        far = max(far, float((trainers - torch.tensor(generation.logprobs)).abs().max()))
+    return far
 
 
 def by_one_rank(rank: int, world_size: int, settings: Settings) -> dict[str, Any]:
@@ -63,13 +68,6 @@ def by_one_rank(rank: int, world_size: int, settings: Settings) -> dict[str, Any
         engine = engine_of(run, 8)
         plain = engine.generate(wanted, **PLAIN, on_done=lambda i, generation: done.append((i, generation)))
         assert run.chunks[0].training and all(p.requires_grad for p in run.chunks[0].parameters())
-        far = [
-            abs(a - b)
-            for request, generation in zip(wanted, plain, strict=True)
-            for a, b in zip(
-                trainers_logprobs(run, request, generation.token_ids), generation.logprobs, strict=True
-            )
-        ]
         warm = {batch: engine_of(run, batch).generate(wanted, **WARM) for batch in (1, 3, 8)}
         order = random.Random(1).sample(range(len(wanted)), len(wanted))
         shuffled = engine_of(run, 3).generate([wanted[i] for i in order], **WARM)
@@ -77,7 +75,7 @@ def by_one_rank(rank: int, world_size: int, settings: Settings) -> dict[str, Any
         return {
             "plain": plain,
             "done": done,
-            "far": max(far),
+            "far": farthest(run, wanted, plain),
             "warm": warm,
             "shuffled": [shuffled[order.index(i)] for i in range(len(wanted))],
             "others": others,
@@ -139,4 +137,109 @@ def test_every_rank_of_any_layout_says_the_same(ranks, prefix, tmp_path, alone, 
 
 
 def generate_warm(rank: int, world_size: int, settings: Settings) -> list[Generation]:
-    return generate(rank, world_size, settings, requests(), 4, **WARM)
+    return generate(rank, world_size, settings, requests(), 4, WARM)
+
+
+def after_a_step(rank: int, world_size: int, settings: Settings, eod: int) -> dict[str, Any]:
+    """Greedy responses before and after the weights changed, how far their trainer's are, and what an EOD ends."""
+    with pretraining(settings, world_size) as run:
+        greedy = {"temperature": 0.0, "top_p": 1.0}
+        wanted = [Request(request.prompt_ids, 8, 0) for request in requests()[:5]]
+        engine = engine_of(run, 4, eod=eod)
+        before = engine.generate(wanted, **greedy)
+        run.run()
+        engine.sync(run.config.train.steps, lambda folder: None)
+        after = engine.generate(wanted, **greedy)
+        plain = engine.generate(wanted, **PLAIN)
+        refused = []
+        for changes, sampling in (
+            ({"prompt_ids": []}, {}),
+            ({"prompt_ids": [1] * WINDOW}, {}),
+            ({"prompt_ids": [1, VOCAB]}, {}),
+            ({"max_tokens": 0}, {}),
+            ({}, {"top_p": 0.0}),
+        ):
+            settings = {"prompt_ids": [1], "max_tokens": 1, "seed": 0} | changes
+            with pytest.raises(InputError) as caught:
+                engine.generate([Request(**settings)], **PLAIN | sampling)
+            refused.append(str(caught.value))
+        far = farthest(run, wanted, plain)
+        with torch.no_grad():
+            run.chunks[0].module.decoder.final_layernorm.weight.fill_(float("nan"))
+        with pytest.raises(InputError, match="finite"):
+            engine.generate(wanted, **PLAIN)
+        assert run.chunks[0].training
+        return {
+            "before": before,
+            "after": after,
+            "far": far,
+            "version": engine.weight_version,
+            "refused": refused,
+        }
+
+
+def test_the_weights_after_a_step_are_those_that_generate(ranks, prefix, tmp_path):
+    changed = {
+        "train__steps": 2,
+        "optimizer__warmup_steps": 0,
+        "optimizer__lr": 0.1,
+        "model__make_vocab_size_divisible_by": VOCAB,
+    }
+    eod = -1
+    found = ranks.run(1, after_a_step, settings_of(prefix, tmp_path, **changed), eod)[0]
+    assert all(generation.finish_reason == "length" for generation in found["before"])
+    assert found["far"] < 1e-5 and found["version"] == 2
+    assert [g.token_ids for g in found["before"]] != [g.token_ids for g in found["after"]]
+    for message, named in zip(
+        found["refused"], (" 0 tokens", f" {WINDOW} tokens", f" {VOCAB};", "max_tokens is 0", "top_p 0.0"), strict=True
+    ):
+        assert named in message
+
+
+def ended(rank: int, world_size: int, settings: Settings) -> tuple[list[Generation], int, list[Generation]]:
+    """Responses that nothing ends, a token from the middle of the longest, and the responses that it ends."""
+    with pretraining(settings, world_size) as run:
+        whole = engine_of(run, 4, eod=-1).generate(requests(), **PLAIN)
+        eod = max((generation.token_ids for generation in whole), key=len)[4]
+        return whole, eod, engine_of(run, 4, eod=eod).generate(requests(), **PLAIN)
+
+
+def test_an_end_of_document_token_ends_a_response_and_is_its_last(ranks, prefix, tmp_path):
+    whole, eod, found = ranks.run(1, ended, settings_of(prefix, tmp_path))[0]
+    for generation, before in zip(found, whole, strict=True):
+        stops = eod in before.token_ids
+        kept = before.token_ids[: before.token_ids.index(eod) + 1] if stops else before.token_ids
+        assert (generation.token_ids, generation.finish_reason) == (kept, "stop" if stops else "length")
+    assert {generation.finish_reason for generation in found} == {"stop", "length"}
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(ranks, prefix, tmp_path):
+    # Half of the columns are padding, and all are about as probable in a model whose weights are next to nothing.
+    small = {"model__make_vocab_size_divisible_by": 2 * VOCAB, "model__init_method_std": 1e-4}
+    wanted = [Request([5], 20, seed) for seed in range(4)]
+    found = ranks.run(1, generate, settings_of(prefix, tmp_path, **small), wanted, 4, PLAIN)[0]
+    assert all(token < VOCAB for generation in found for token in generation.token_ids)
+    drawn = torch.tensor([value for generation in found for value in generation.logprobs])
+    torch.testing.assert_close(drawn, torch.full_like(drawn, -math.log(VOCAB)), rtol=0, atol=0.02)
+
+
+REFUSED = {
+    "parallel.vpp": {"parallel__pp": 2, "parallel__vpp": 2},
+    "parallel.cp": {"parallel__cp": 2},
+    "parallel.ep": {"parallel__ep": 2, "model__num_moe_experts": 2},
+    "model.mtp_num_layers": {"model__mtp_num_layers": 1},
+}
+
+
+def refused(rank: int, world_size: int, settings: Settings) -> str:
+    config = parsed(settings)
+    from megatron_ptrl.rollout.megatron_engine import check_can_generate
+
+    with pytest.raises(InputError) as caught:
+        check_can_generate(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_cannot_generate_with_is_refused_by_name(ranks, prefix, tmp_path, name):
+    assert name in ranks.run(1, refused, settings_of(prefix, tmp_path, **REFUSED[name]))[0]

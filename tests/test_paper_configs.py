@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rl_runs import make_prompts
 from test_plan import dry_run
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
@@ -20,7 +21,11 @@ PUBLISHED = {
     "tpt-abundant": LLAMA_3_8B,
     "tpt-constrained": LLAMA_3_8B,
     "tpt-midtraining": (151_936, 1_543_714_304),
+    "rlpt-llama3.2-3b": (128_256, 3_212_749_824),
+    "rlpt-qwen3-4b": (151_936, 4_022_468_096),
+    "rlpt-qwen3-8b": (151_936, 8_190_735_360),
 }
+RLPT = [name for name in PUBLISHED if name.startswith("rlpt")]
 REMIT = [name for name in PUBLISHED if name.startswith("remit")]
 # Tokens in all and of a step, peak rate, its shape, clipping: table 5 of the paper, 8k and 4M taken as powers of two.
 TPT = {
@@ -80,17 +85,34 @@ def test_the_toy_can_be_planned(ranks, prefix, tmp_path):
     assert (code, err) == (0, "") and f"{200 * 8 * 256:,} tokens" in text
 
 
+@pytest.mark.parametrize("name", RLPT)
+def test_a_config_of_rlpt_has_the_settings_of_the_paper_and_can_be_planned(ranks, prefix, tmp_path, name):
+    words = ["--config", str(CONFIGS / f"{name}.yaml"), "--prompts.files", make_prompts(tmp_path / "prompts.jsonl", 64)]
+    words += ["--data.tokenizer", f"{prefix}.tokenizer.json", "--run_dir", str(tmp_path / "run")]
+    code, text, err = ranks.run(1, dry_run, [*words, "--dry_run_world_size", "64"], "rl")[0]
+    assert (code, err) == (0, "")
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    rollout, optimizer = settings["rollout"], settings["optimizer"]
+    assert (rollout["prompts"], rollout["samples"], rollout["max_tokens"], rollout["temperature"]) == (512, 8, 8192, 1)
+    assert (optimizer["lr"], optimizer["schedule"], settings["policy"]["kl_coef"]) == (1e-6, "constant", 0)
+    assert "512 prompts x 8 = 4,096 responses of up to 8,192 tokens" in text and "no KL, token_mean" in text
+    # Keys and values of 36 or 28 layers, 8 groups of 128 over the tensor-parallel ranks, in two bytes.
+    layers, tp = settings["model"]["num_layers"], settings["parallel"]["tp"]
+    assert f"a KV cache of {2 * layers * 8 / tp * 128 * 2 * 10240 * rollout['batch'] / 2**30:.2f}" in text
+    assert not (tmp_path / "run").exists()
+
+
 def counted(rank: int, world_size: int, name: str) -> tuple[int, Any]:
     from megatron_ptrl.training import host
 
     host.install_if_no_cuda()
     from megatron_ptrl.cli import parse
-    from megatron_ptrl.config import PretrainConfig
+    from megatron_ptrl.config import PretrainConfig, RLConfig
     from megatron_ptrl.training import layers, mcore, plan
 
     words = ["--config", str(CONFIGS / f"{name}.yaml")]
     words += ["--remit.sidecar", "any"] if "remit" in name else []
-    config = parse(PretrainConfig, words, prog="ptrl pretrain")
+    config = parse(RLConfig if "rlpt" in name else PretrainConfig, words, prog="ptrl")
     layers.check_supported(config)
     built = mcore.transformer_config(config)
     padded = mcore.padded_vocab_size(PUBLISHED[name][0], config.model, 1)

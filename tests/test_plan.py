@@ -127,10 +127,10 @@ def test_memory_shrinks_with_what_shares_it(ranks, prefix, tmp_path):
     assert one["weights"] / 2 < pp["weights"] < one["weights"]
 
 
-def dry_run(rank: int, world_size: int, words: list[str]) -> tuple[int, str, str]:
+def dry_run(rank: int, world_size: int, words: list[str], stage: str = "pretrain") -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["pretrain", "--dry_run=true", *words])
+        code = main([stage, "--dry_run=true", *words])
     return code, out.getvalue(), err.getvalue()
 
 

@@ -59,6 +59,19 @@ _PLOTS: dict[str, tuple[_Panel, ...]] = {
         _Panel("remit_low_share", "share of tokens at the lower edge", from_zero=True),
         _Panel("remit_high_share", "share of tokens at the upper edge", from_zero=True),
     ),
+    "reward": (
+        _Panel("reward", "mean reward", from_zero=True),
+        _Panel("truncated_share", "share of responses cut off", from_zero=True),
+        _Panel("gate_failed_share", "share of responses the gate fails", from_zero=True),
+    ),
+    "response_tokens": (_Panel("response_tokens_mean", "mean response (tokens)", from_zero=True),),
+    "equal_groups": (
+        _Panel("all_right_share", "share of groups all right", from_zero=True),
+        _Panel("all_wrong_share", "share of groups all wrong", from_zero=True),
+    ),
+    "logprob_difference": (
+        _Panel("logprob_difference", "log-probability, trainer less engine (mean |d|, nats)", from_zero=True),
+    ),
     "grad_norm": (_Panel("grad_norm", "gradient norm before clipping", from_zero=True),),
     "learning_rate": (_Panel("learning_rate", "learning rate", smooth=False),),
     "throughput": (_Panel("tokens_per_second", "throughput (tokens per second)", from_zero=True, large=True),),

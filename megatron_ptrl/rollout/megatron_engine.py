@@ -30,18 +30,19 @@ _WITHOUT_CACHE = {
 def check_can_generate(config: RunConfig) -> None:
     """InputError where the model or its layout is one that `MegatronEngine` cannot generate with."""
     parallel = config.parallel
-    for name, value, neutral in (("vpp", parallel.vpp, None), ("cp", parallel.cp, 1), ("ep", parallel.ep, 1)):
-        if value not in (None, neutral):
+    for name in ("vpp", "cp", "ep"):
+        value = getattr(parallel, name)
+        if value not in (None, 1):
             raise InputError(
                 f"parallel.{name} is {value}, and the training model generates with tensor and pipeline parallelism "
-                f"only; leave parallel.{name} at {neutral or 'null'}, or generate with servers"
+                f"only; leave parallel.{name}, or generate with servers"
             )
     for name, neutral in _WITHOUT_CACHE.items():
         value = getattr(config.model, name, neutral)
         if value != neutral:
             raise InputError(
-                f"model.{name} is {value}, which the training model cannot generate with; leave it at "
-                f"{'null' if neutral is None else neutral}, or generate with servers"
+                f"model.{name} is {value}, which the training model cannot generate with; leave it, or generate with "
+                "servers"
             )
 
 
@@ -57,7 +58,7 @@ class MegatronEngine:
 
     name = "megatron"
 
-    def __init__(self, config: RunConfig, chunks: Sequence[Module], *, eod: int, vocab_size: int, batch: int):
+    def __init__(self, config: RunConfig, chunks: Sequence[Module], *, eod: int, vocab_size: int, batch: int) -> None:
         check_can_generate(config)
         if batch < 1:
             raise InputError(f"the rollout engine's batch is {batch}; expected >= 1")
@@ -98,8 +99,8 @@ class MegatronEngine:
         prompt = request.prompt_ids
         if not 0 < len(prompt) < self._window:
             raise InputError(
-                f"request {number}: its prompt has {len(prompt)} tokens; expected 1 to {self._window - 1}, which leaves "
-                f"room for a response in the {self._window} of data.seq_length"
+                f"request {number}: its prompt has {len(prompt)} tokens; expected 1 to {self._window - 1}, which "
+                f"leaves room for a response in the {self._window} of data.seq_length"
             )
         if request.max_tokens < 1:
             raise InputError(f"request {number}: max_tokens is {request.max_tokens}; expected >= 1")
@@ -113,7 +114,6 @@ class MegatronEngine:
         self, requests: Sequence[Request], order: Iterable[int], temperature: float, top_p: float
     ) -> Iterable[tuple[int, Generation]]:
         """The number and the response of each request, as they are complete."""
-        numbers: dict[Row, int] = {}
         ends = [self._end(request) for request in requests]
         waiting = [Row(requests[i].prompt_ids, temperature, top_p, requests[i].seed) for i in order]
         numbers = dict(zip(waiting, order, strict=True))

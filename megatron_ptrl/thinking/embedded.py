@@ -1,25 +1,26 @@
 """A finished run as the generator: no server, one process, its model sampled with a KV cache.
 
-    requests, at any time  -->  waiting  --the oldest, and those nearest to it in length-->  one batch  -->  replies
+    requests, at any time  -->  waiting  --the oldest, as rows become free-->  training/decode.py's rows  -->  replies
 
-The rows of a batch go through the model at the same position. The shortest prompt is read in one pass; from there each
-step is a token a row, the next one of a longer prompt or the one that was drawn. A row leaves the batch when it is
-done. What a row draws follows from its request's seed and its own logits, whatever batch it is in.
+What a reply draws follows from its request's seed and its own logits, whatever it shares a batch with.
 
 The model runs on the event loop's thread, between whose other tasks it gives way after each step: the layer that stands
 in for CUDA on a CPU (training/host.py) holds for one thread only.
 """
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.thinking.generators import GenerationError, Reply, Request
+
+if TYPE_CHECKING:
+    from megatron_ptrl.training.decode import Row
 
 DEFAULT_BATCH = 16
 OPEN, CLOSE = "<think>", "</think>"
@@ -30,26 +31,13 @@ def join_messages(messages: list[dict[str, str]]) -> str:
     return "\n\n".join(message["content"] for message in messages)
 
 
-@dataclass
-class _Row:
-    """A request on its way through a batch."""
+@dataclass(eq=False)
+class _Asked:
+    """A request on its way."""
 
     request: Request
     prompt: list[int]
     reply: "asyncio.Future[Reply]"
-    written: list[int] = field(default_factory=list)
-    draws: torch.Generator = field(default_factory=torch.Generator)
-
-    def __post_init__(self) -> None:
-        self.draws.manual_seed(self.request.seed)
-
-    def at(self, position: int) -> int:
-        """The token of the prompt and what is written."""
-        behind = position - len(self.prompt)
-        return self.prompt[position] if behind < 0 else self.written[behind]
-
-    def uniform(self) -> float:
-        return float(torch.rand((), dtype=torch.float64, generator=self.draws))
 
 
 class EmbeddedGenerator:
@@ -65,7 +53,7 @@ class EmbeddedGenerator:
         self.name = name
         self.model, self.tokenizer = model, tokenizer
         self._window, self._eod_first, self._batch = window, eod_first, batch
-        self._waiting: list[_Row] = []
+        self._waiting: list[_Asked] = []
         self._worker: asyncio.Task[None] | None = None
 
     async def generate(self, request: Request) -> Reply:
@@ -82,11 +70,11 @@ class EmbeddedGenerator:
         if len(prompt) >= self._window:
             detail = f"the prompt has {len(prompt)} tokens, the model's window {self._window}"
             raise GenerationError("bad_request", detail)
-        row = _Row(request, prompt, asyncio.get_running_loop().create_future())
-        self._waiting.append(row)
+        asked = _Asked(request, prompt, asyncio.get_running_loop().create_future())
+        self._waiting.append(asked)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await row.reply
+        return await asked.reply
 
     async def close(self) -> None:
         """Stop; requests that are under way are cancelled."""
@@ -98,78 +86,66 @@ class EmbeddedGenerator:
         mcore.shutdown()
 
     async def _work(self) -> None:
-        rows: list[_Row] = []
+        under_way: dict[Any, _Asked] = {}
         try:
-            while self._waiting:
-                # Whoever asks in the same turn of the loop comes into the same batch.
-                await asyncio.sleep(0)
-                rows = self._next_batch()
-                await self._answer(rows)
+            await self._answer(under_way)
         except asyncio.CancelledError:
-            for row in [*rows, *self._waiting]:
-                row.reply.cancel()
+            for asked in [*under_way.values(), *self._waiting]:
+                asked.reply.cancel()
             raise
         except Exception as error:  # nobody awaits this task; those who wait for its replies must hear of it
-            for row in [*rows, *self._waiting]:
-                if not row.reply.done():
-                    row.reply.set_exception(error)
+            for asked in [*under_way.values(), *self._waiting]:
+                if not asked.reply.done():
+                    asked.reply.set_exception(error)
             self._waiting = []
 
-    def _next_batch(self) -> list[_Row]:
-        """The oldest request and those nearest to it in length; the others keep their order."""
-        oldest = len(self._waiting[0].prompt)
-        nearest = sorted(self._waiting, key=lambda row: abs(len(row.prompt) - oldest))[: self._batch]
-        self._waiting = [row for row in self._waiting if all(row is not other for other in nearest)]
-        return nearest
+    async def _answer(self, under_way: "dict[Row, _Asked]") -> None:
+        """Answer what is waiting, until nothing is; `under_way` is kept for whoever must tell of a failure."""
+        from megatron_ptrl.training.decode import Decoder, Row
 
-    async def _answer(self, rows: list[_Row]) -> None:
-        from megatron_ptrl.training.decode import CachedRows, draw
-
-        ends = [min(len(row.prompt) + row.request.max_tokens, self._window) for row in rows]
-        cached = CachedRows(self.model, len(rows), max(ends))
-        begin, end = 0, min(len(row.prompt) for row in rows)
-        while rows:
-            logits = cached.extend(torch.tensor([[row.at(i) for i in range(begin, end)] for row in rows]))
-            drawing = [i for i, row in enumerate(rows) if len(row.prompt) <= end]
-            asked = [(rows[i].request.temperature, rows[i].request.top_p, rows[i].uniform()) for i in drawing]
-            drawn = draw(logits[drawing], *torch.tensor(asked, dtype=torch.float64).T).tolist() if drawing else []
-            for i, token in zip(drawing, drawn, strict=True):
-                self._write(rows[i], token)
-            going_on = [i for i, row in enumerate(rows) if not row.reply.done()]
-            if going_on and len(going_on) < len(rows):
-                cached.keep(going_on)
-            rows = [rows[i] for i in going_on]
-            begin, end = end, end + 1
+        decoder = Decoder(self.model, self._batch, self._window)
+        while self._waiting or under_way:
+            # Whoever asks in the same turn of the loop comes into the same batch.
             await asyncio.sleep(0)
+            coming = {}
+            for asked in self._waiting[: decoder.free]:
+                settings = asked.request
+                coming[Row(asked.prompt, settings.temperature, settings.top_p, settings.seed)] = asked
+            self._waiting = self._waiting[len(coming) :]
+            under_way.update(coming)
+            decoder.admit(sorted(coming, key=lambda row: row.prompt))
+            for row in decoder.step():
+                self._look(under_way[row], row.written)
+                if under_way[row].reply.done():
+                    decoder.leave(row)
+                    del under_way[row]
 
-    def _write(self, row: _Row, token: int) -> None:
-        """Put a token behind the others, or end the row with its reply."""
-        if row.reply.done():
+    def _look(self, asked: _Asked, written: list[int]) -> None:
+        """End a request with its reply, if the token that was just written behind the others says so."""
+        if asked.reply.done():
             return
-        if token == self.tokenizer.eod:
-            self._end(row, "stop")
+        if written[-1] == self.tokenizer.eod:
+            self._end(asked, written[:-1], "stop")
             return
-        row.written.append(token)
         # A token stands for a byte at least, so a stop string that is complete now lies within these.
-        longest = max((len(stop.encode()) for stop in row.request.stop), default=0)
-        tail = self.tokenizer.decode(row.written[-longest - 8 :])
-        if any(stop in tail for stop in row.request.stop):
-            self._end(row, "stop")
-        elif len(row.written) == row.request.max_tokens or len(row.prompt) + len(row.written) == self._window:
-            self._end(row, "length")
+        longest = max((len(stop.encode()) for stop in asked.request.stop), default=0)
+        tail = self.tokenizer.decode(written[-longest - 8 :])
+        if any(stop in tail for stop in asked.request.stop):
+            self._end(asked, written, "stop")
+        elif len(written) == asked.request.max_tokens or len(asked.prompt) + len(written) == self._window:
+            self._end(asked, written, "length")
 
-    def _end(self, row: _Row, reason: str) -> None:
-        text = self.tokenizer.decode(row.written)
-        found = [place for stop in row.request.stop if (place := text.find(stop)) >= 0]
+    def _end(self, asked: _Asked, written: list[int], reason: str) -> None:
+        request, text = asked.request, self.tokenizer.decode(written)
+        found = [place for stop in request.stop if (place := text.find(stop)) >= 0]
         cut = min(found, default=len(text))
         # Which stop it was is told as servers tell it, so that thinking without its end can be known.
-        closed = CLOSE if CLOSE in row.request.stop and text.startswith(CLOSE, cut) else ""
-        opened = row.request.messages[-1]["content"].rstrip().endswith(OPEN)
+        closed = CLOSE if CLOSE in request.stop and text.startswith(CLOSE, cut) else ""
+        opened = request.messages[-1]["content"].rstrip().endswith(OPEN)
         text = text[:cut]
-        reply = Reply(
-            text + closed, reason, len(row.prompt), len(row.written), self.name, thinking=text if opened else None
-        )
-        row.reply.set_result(reply)
+        thinking = text if opened else None
+        reply = Reply(text + closed, reason, len(asked.prompt), len(written), self.name, thinking=thinking)
+        asked.reply.set_result(reply)
 
 
 def open_embedded(

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_ptrl.config import CheckpointConfig
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.training.mcore import unwrap
+from megatron_ptrl.training.mcore import gather_weights, unwrap
 from megatron_ptrl.training.optimizer import fill_adam_state, load_optimizer
 
 MANIFEST = "run.json"
@@ -112,10 +112,7 @@ def save(
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    for chunk in chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            # The other ranks' share of the last update is else fetched by the next forward only.
-            chunk.start_param_sync(force_sync=True)
+    gather_weights(chunks)
     # A step without anything to learn may come before the first update.
     fill_adam_state(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=False)

@@ -87,7 +87,8 @@ class KVCache(StaticInferenceContext):
         groups = key.shape[2]
         if layer not in self._memory:
             # Zeros, because what stands in a masked place is multiplied by 0, and must not be NaN.
-            self._memory[layer] = tuple(key.new_zeros(self.max_batch_size, groups, self._room, d) for _ in range(2))
+            shape = (self.max_batch_size, groups, self._room, d)
+            self._memory[layer] = key.new_zeros(shape), value.new_zeros(shape)
         keys, values = self._memory[layer]
         if self._prompts is not None:
             key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)  # (b, groups, s, d)
@@ -127,8 +128,8 @@ class KVCache(StaticInferenceContext):
             return
         assert length <= self.max_sequence_length
         more = min(max(length, 2 * self._room, _BLOCK), self.max_sequence_length) - self._room
-        for layer, pair in self._memory.items():
-            self._memory[layer] = tuple(F.pad(kept, (0, 0, 0, more)) for kept in pair)  # type: ignore[assignment]
+        for layer, (keys, values) in self._memory.items():
+            self._memory[layer] = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
         self._room += more
 
 

@@ -323,6 +323,13 @@ def _one_or_all(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
 
 
+def gather_weights(chunks: list[DistributedDataParallel]) -> None:
+    """Fetch the other ranks' share of the last update, which with overlap_param_gather the next forward would fetch."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def unwrap(chunk: torch.nn.Module) -> RewardShapedGPTModel:
     """The GPT model inside the data-parallel and mixed-precision wrappers."""
     while hasattr(chunk, "module"):

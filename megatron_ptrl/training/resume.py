@@ -25,7 +25,15 @@ _MUST_STAY = {
 }
 _SECTIONS = ("data", "loss", "optimizer", "train", "remit", "prompts", "rollout", "policy", "judge")
 _NO_EFFECT = ("cache", "micro_batch", "offload_reference", "top_tokens")
-_ORDER_SAMPLES = ("data.train", "data.valid", "data.split", "data.seq_length", "train.seed", "train.steps")
+_ORDER_SAMPLES = (
+    "data.train",
+    "data.valid",
+    "data.split",
+    "data.seq_length",
+    "train.seed",
+    "train.steps",
+    "prompts.files",
+)
 
 
 def restore(

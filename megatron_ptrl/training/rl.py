@@ -25,7 +25,7 @@ from megatron_ptrl.errors import InputError
 from megatron_ptrl.rollout.engine import RolloutEngine
 from megatron_ptrl.rollout.megatron_engine import MegatronEngine, check_can_generate
 from megatron_ptrl.rollout.rewards import make_rewarder
-from megatron_ptrl.training import checkpoint, layers, mcore, policy_step, rollout_figures, rollout_files
+from megatron_ptrl.training import checkpoint, layers, mcore, policy_step, rl_plan, rollout_figures, rollout_files
 from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.frozen import load_frozen_model
 from megatron_ptrl.training.layout import Layout, check_launched, check_layout
@@ -43,6 +43,9 @@ MISMATCH_ALARM = 1.05
 def run(config: RLConfig) -> None:
     """Train as `config` says, from the newest whole checkpoint of `run_dir` where there is one."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if config.dry_run:
+        print(_dry_run(config, world_size))
+        return
     layout, tokenizer = check(config, world_size)
     check_launched(world_size)
     on_all_ranks(config, lambda: Reinforcement(config, layout, tokenizer).run())
@@ -65,6 +68,24 @@ def check(config: RLConfig, world_size: int) -> tuple[Layout, Tokenizer]:
     return layout, Tokenizer(config.data.tokenizer, config.data.eod_token or DEFAULT_EOD)
 
 
+def _dry_run(config: RLConfig, launched: int) -> str:
+    smallest = config.parallel.tp * config.parallel.pp
+    world_size = max(launched, smallest) if config.dry_run_world_size is None else config.dry_run_world_size
+    layout, tokenizer = check(config, world_size)
+    padded = mcore.padded_vocab_size(tokenizer.vocab_size, config.model, config.parallel.tp)
+    return rl_plan.describe(config, layout, padded, mcore.ffn_size(config.model), len(_prompts(config, tokenizer)))
+
+
+def _prompts(config: RLConfig, tokenizer: Tokenizer) -> PromptSource:
+    return PromptSource(
+        config.prompts.files,
+        seed=config.train.seed,
+        tokenizer=tokenizer,
+        template=PlainTemplate(),
+        max_tokens=config.data.seq_length - config.rollout.max_tokens,
+    )
+
+
 class Reinforcement(TrainingRun):
     """One run on this rank."""
 
@@ -75,13 +96,7 @@ class Reinforcement(TrainingRun):
 
     def _prepare(self) -> list[str]:
         config = self.config
-        self.prompts = PromptSource(
-            config.prompts.files,
-            seed=config.train.seed,
-            tokenizer=self.tokenizer,
-            template=PlainTemplate(),
-            max_tokens=config.data.seq_length - config.rollout.max_tokens,
-        )
+        self.prompts = _prompts(config, self.tokenizer)
         self.reference: list[Any] | None = None
         if not config.policy.kl_coef:
             return []
@@ -129,6 +144,7 @@ class Reinforcement(TrainingRun):
     def _step(self) -> Figures:
         config, start = self.config, time.perf_counter()
         learning_rate, step = self._learning_rate(), self.progress.step + 1
+        mcore.gather_weights(self.chunks)
         self.engine.sync(self.progress.step, self._export)
         found = self._collect(step)
         collected = time.perf_counter()

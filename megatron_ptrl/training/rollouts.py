@@ -165,12 +165,14 @@ class Collector:
             futures[number] = rewarder.submit(prompt, text, truncated=generation.finish_reason == "length")
 
         start = time.perf_counter()
-        generations = self._engine.generate(
-            requests,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            on_done=judge if rewarder is not None else None,
-        )
+        generations: list[Generation] = []
+        if requests:  # there may be fewer prompts than ranks
+            generations = self._engine.generate(
+                requests,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                on_done=judge if rewarder is not None else None,
+            )
         generated = time.perf_counter()
         for number, generation in enumerate(generations):
             _check_generation(generation, self._engine.name, prompts[number // settings.samples], number)

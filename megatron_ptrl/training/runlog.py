@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from megatron_ptrl.config import LogConfig
 
+_SHOWN = ("reward", "loss", "ce", "entropy", "response_tokens_mean", "grad_norm")
+
 
 class RunLog:
     """The files of one run directory. Resuming at a step drops what a killed run wrote after it.
@@ -69,7 +71,7 @@ class RunLog:
     def progress(self, figures: dict[str, float]) -> None:
         """Move the bar, or print a line every few steps where there is no terminal."""
         step = int(figures["step"])
-        shown = {name: figures[name] for name in ("loss", "ce", "entropy", "grad_norm") if name in figures}
+        shown = {name: figures[name] for name in _SHOWN if name in figures}
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
