@@ -5,6 +5,7 @@ Sizes are in tokens or samples, times in seconds, loss terms in nats. A field na
 """
 
 from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig, ThinkReportConfig
+from megatron_ptrl.config.evaluate import AnswersConfig, EvaluateConfig, HarnessConfig
 from megatron_ptrl.config.judge import GateConfig, JudgeConfig, LexicalConfig, VerifyConfig
 from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
 from megatron_ptrl.config.model import ModelConfig, ParallelConfig
@@ -27,12 +28,15 @@ from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfi
 __all__ = [
     "DEFAULT_CHUNK_TOKENS",
     "DEFAULT_TOP_K",
+    "AnswersConfig",
     "AssembleConfig",
     "CheckpointConfig",
     "DataConfig",
     "DoctorConfig",
+    "EvaluateConfig",
     "ExecutorConfig",
     "GateConfig",
+    "HarnessConfig",
     "JudgeConfig",
     "LexicalConfig",
     "LogConfig",

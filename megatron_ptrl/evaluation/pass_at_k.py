@@ -107,20 +107,22 @@ def bootstrap_interval(values: Sequence[float], *, resamples: int, seed: int) ->
     return float(low), float(high)
 
 
-def figures(problems: Sequence[Problem], ks: Sequence[int], *, resamples: int, seed: int) -> dict[str, Figure]:
+def figures(
+    problems: Sequence[Problem], ks: Sequence[int], *, samples: int, resamples: int, seed: int
+) -> dict[str, Figure]:
     """pass@k for each k, avg@n, cons@n and the share of ties behind it, over the problems with enough judged answers.
 
-    n is the number of answers, the same for all but those of which some could not be judged. A k that no problem has
-    enough answers for is left out.
+    samples: n, the answers that each problem has been given; some may be missing because they could not be judged
+
+    A k that no problem has enough answers for is left out.
     """
     measures: dict[str, tuple[int, Callable[[Problem], float]]] = {
         f"pass@{k}": (k, lambda p, k=k: pass_at_k(len(p.right), sum(p.right), k))  # type: ignore[misc]
         for k in ks
     }
-    most = max((len(problem.right) for problem in problems), default=0)
-    measures[f"avg@{most}"] = (1, lambda p: sum(p.right) / len(p.right))
-    measures[f"cons@{most}"] = (1, lambda p: consensus(p).value)
-    measures[f"tied@{most}"] = (1, lambda p: float(consensus(p).tied))
+    measures[f"avg@{samples}"] = (1, lambda p: sum(p.right) / len(p.right))
+    measures[f"cons@{samples}"] = (1, lambda p: consensus(p).value)
+    measures[f"tied@{samples}"] = (1, lambda p: float(consensus(p).tied))
     found = {}
     for name, (least, measure) in measures.items():
         values = [measure(problem) for problem in problems if len(problem.right) >= least]
