@@ -1,4 +1,4 @@
-"""`ptrl evaluate` with the real Megatron-Core: figures against forward passes and their own samples, in every layout."""
+"""`ptrl evaluate` with the real Megatron-Core: figures against forward passes and their samples, in every layout."""
 
 import json
 import shutil

@@ -1,7 +1,8 @@
 """`ptrl evaluate`: a checkpoint -> perplexity and entropy of text, pass@k of problems, accuracy of next segments.
 
     .bin/.idx  --measure_text-->  text.jsonl     --text_figures-->    results.json, results.md
-    prompts    --Responder----->  samples.jsonl  --sample_figures-->
+    prompts    --answer_prompts-> samples.jsonl  --sample_figures-->
+    tasks      --lm_eval------->  harness.json   ------------------>
 
 Run it alone or under torchrun, in any layout of tensor, pipeline and data parallelism; the same command goes on where
 one was killed. A response follows from the seed, its prompt's line and its own number, whatever the layout.
@@ -16,35 +17,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_ptrl.config import DataConfig, EvaluateConfig, ScoreConfig
-from megatron_ptrl.data.chat import PlainTemplate
 from megatron_ptrl.data.indexed import load_blend, resolve_tokenizer
-from megatron_ptrl.data.problems import Asked, read_prompts
-from megatron_ptrl.data.prompts import PlacedPrompt
 from megatron_ptrl.data.sidecar import Durably, hash_file
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.evaluation import results
-from megatron_ptrl.evaluation.lines import Line, Lines, read_lines
+from megatron_ptrl.evaluation.lines import Lines, read_lines
+from megatron_ptrl.evaluation.pass_at_k import Figure
 from megatron_ptrl.rollout.engine import RolloutEngine
 from megatron_ptrl.rollout.megatron_engine import MegatronEngine, check_can_generate
 from megatron_ptrl.rollout.rewards import make_rewarder
-from megatron_ptrl.training import checkpoint, layers, mcore, measure_text
+from megatron_ptrl.training import answer_prompts, checkpoint, layers, mcore, measure_text
+from megatron_ptrl.training.answer_prompts import REJECTS, SAMPLES
 from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model
 from megatron_ptrl.training.layout import check_launched, check_layout
 from megatron_ptrl.training.resume import find_source
-from megatron_ptrl.training.rollouts import Group, Judging, Responder, Round, check_judged, judges
+from megatron_ptrl.training.rollouts import Judging, Responder, judges
 from megatron_ptrl.training.run import plain_settings
 from megatron_ptrl.training.score import WAIT_MINUTES, digest_of, from_rank_0, model_settings
 
-PLAN, TEXT, SAMPLES, REJECTS = "plan.json", "text.jsonl", "samples.jsonl", "rejects.jsonl"
+PLAN, TEXT, HARNESS = "plan.json", "text.jsonl", "harness.json"
 # What a figure does not follow from.
 _FREE = ("output", "micro_batch", "parallel", "bootstrap", "k", "chunk", "checkpoint", "harness")
 SECONDS_BETWEEN_LINES = 10.0
-# Rounds of a few batches: rows that end early are replaced, and a kill costs no more than a round.
-_BATCHES_OF_A_ROUND = 4
 
 
 def run(config: EvaluateConfig) -> None:
@@ -102,6 +99,7 @@ class Evaluation:
         """Measure what is missing, write the results, print them."""
         self._measure_text()
         self._answer()
+        self._run_harness()
         if dist.get_rank() == 0:
             self._finish()
         dist.barrier()
@@ -173,19 +171,19 @@ class Evaluation:
     def _answer(self) -> None:
         if not self.config.prompts:
             return
-        prompts, rejects = self._read_prompts()
-        done = set(from_rank_0(lambda: self._keep_whole(rejects)))
-        missing = [asked for asked in prompts if asked[0].place not in done]
+        prompts, rejects = answer_prompts.read(self.config, self.tokenizer, self.window)
+        done = set(from_rank_0(lambda: answer_prompts.keep_whole(self.output, self.answers.samples, rejects)))
+        missing = [asked for asked in prompts if asked.placed.place not in done]
         if not missing:
             return
-        if self.config.judge.kind == "lexical" and any(placed.prompt.task != "rlvr" for placed, _ in missing):
+        if self.config.judge.kind == "lexical" and any(asked.placed.prompt.task != "rlvr" for asked in missing):
             self.say("judge.kind is lexical: it compares characters and understands nothing; for smoke runs")
         engine, rewarder = self._make_engine(), self._make_rewarder() if judges() else None
         lines = Lines(self.output / SAMPLES) if dist.get_rank() == 0 else None
+        responder = Responder(self.answers, self.config.seed, self.tokenizer, engine, rewarder)
+        tell = _Clock(self, "prompts").tell
         try:
-            self._answer_all(
-                missing, Responder(self.answers, self.config.seed, self.tokenizer, engine, rewarder), lines
-            )
+            answer_prompts.answer(missing, self.answers, responder, lines, tell)
         finally:
             if rewarder is not None:
                 rewarder.close()
@@ -193,22 +191,23 @@ class Evaluation:
             if lines:
                 lines.close()
 
-    def _answer_all(self, missing: list[tuple[PlacedPrompt, str]], responder: Responder, lines: Lines | None) -> None:
-        clock = _Clock(self, "prompts")
-        ranks = parallel_state.get_data_parallel_world_size()
-        at_once = ranks * max(1, _BATCHES_OF_A_ROUND * self.answers.batch // self.answers.samples)
-        for begin in range(0, len(missing), at_once):
-            part = missing[begin : begin + at_once]
-            groups = responder.answer([placed for placed, _ in part], Round())
-            check_judged(groups, self.answers.max_unjudged)
-            if lines:
-                files = [file for _, file in part]
-                lines.add(
-                    _sample(group, index, file, responder)
-                    for group, file in zip(groups, files, strict=True)
-                    for index in range(len(group.responses))
-                )
-            clock.tell(begin + len(part), len(missing))
+    def _run_harness(self) -> None:
+        harness = self.config.harness
+        if not harness.tasks or from_rank_0(lambda: self._harness_done()):
+            return
+        from megatron_ptrl.evaluation.lm_eval import HarnessModel, evaluate
+
+        batch = self.answers.batch
+        model = HarnessModel(self.settings, self.model, self._make_engine(), self.tokenizer, harness, chunk=batch)
+        found = evaluate(model, harness, bootstrap=self.config.bootstrap)
+        if dist.get_rank() == 0:
+            whole = {"harness": dataclasses.asdict(harness), "figures": results.as_json(found)}
+            with Durably(str(self.output / HARNESS)) as stream:
+                stream.write(json.dumps(whole, indent=1).encode())
+
+    def _harness_done(self) -> bool:
+        path = self.output / HARNESS
+        return path.is_file() and json.loads(path.read_text())["harness"] == dataclasses.asdict(self.config.harness)
 
     def _make_engine(self) -> RolloutEngine:
         vocab_size, eod = self.tokenizer.vocab_size, self.tokenizer.eod
@@ -218,42 +217,6 @@ class Evaluation:
 
     def _make_rewarder(self) -> Judging:
         return make_rewarder(self.config.judge)
-
-    def _read_prompts(self) -> tuple[list[tuple[PlacedPrompt, str]], list[Line]]:
-        """(prompts with their file's name, lines of the rejects)."""
-        found: list[tuple[PlacedPrompt, str]] = []
-        rejects: list[Line] = []
-        room = self.window - (self.config.rollout.max_tokens or 1)
-        for asked in read_prompts(self.config.prompts, self.config.problem_template):
-            ids = self._encode(asked)
-            if asked.prompt is None:
-                rejects.append(
-                    {"where": asked.where, "file": asked.file, "reason": "unreadable", "detail": asked.problem}
-                )
-            elif not 0 < len(ids) <= room:
-                detail = f"{len(ids)} tokens; expected 1 to {room}, which leaves room for a response"
-                rejects.append({"where": asked.where, "file": asked.file, "reason": "too_long", "detail": detail})
-            else:
-                found.append((PlacedPrompt(asked.place, asked.prompt, ids), asked.file))
-        if not found:
-            raise InputError(f"prompts: none can be used; {rejects[-1]['where']}: {rejects[-1]['detail']}")
-        return found, rejects
-
-    def _encode(self, asked: Asked) -> list[int]:
-        if asked.prompt is None:
-            return []
-        return self.tokenizer.encode(PlainTemplate().render(asked.prompt.messages, ask=True))
-
-    def _keep_whole(self, rejects: list[Line]) -> list[int]:
-        """Write the rejects; places of the prompts that have all their samples, the only ones that stay."""
-        counts: dict[int, int] = {}
-        for line in read_lines(self.output / SAMPLES):
-            counts[line["place"]] = counts.get(line["place"], 0) + 1
-        whole = {place for place, count in counts.items() if count == self.answers.samples}
-        Lines(self.output / SAMPLES, keep=lambda line: line["place"] in whole).close()
-        with Durably(str(self.output / REJECTS)) as stream:
-            stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejects).encode())
-        return sorted(whole)
 
     def _finish(self) -> None:
         config = self.config
@@ -266,7 +229,7 @@ class Evaluation:
             seed=config.seed,
         )
         rejects = list(read_lines(self.output / REJECTS))
-        named = text | answered
+        named = text | answered | self._harness_figures()
         whole = {
             "checkpoint": str(self.checkpoint),
             "step": self.manifest["step"],
@@ -289,6 +252,12 @@ class Evaluation:
             + (f", {SAMPLES}" if prompts else "")
         )
 
+    def _harness_figures(self) -> results.Named:
+        if not self.config.harness.tasks:
+            return {}
+        found = json.loads((self.output / HARNESS).read_text(encoding="utf-8"))["figures"]
+        return {name: Figure(**figure) for name, figure in found.items()}
+
 
 class _Clock:
     """Tells every ten seconds how far something is, and at its end."""
@@ -302,23 +271,6 @@ class _Clock:
             self._said = seconds
             left = f"{(total - done) * seconds / max(done, 1):.0f} s to go"
             self._say(f"{self._what} {done:,} of {total:,}  {done / seconds:,.1f} a second  {left}")
-
-
-def _sample(group: Group, index: int, file: str, responder: Responder) -> Line:
-    response, prompt = group.responses[index], group.placed.prompt
-    return {
-        "place": group.placed.place,
-        "file": file,
-        "prompt_id": prompt.id,
-        "task": prompt.task,
-        "messages": prompt.messages,
-        "target": prompt.target,
-        "index": index,
-        "text": responder.text(response.token_ids),
-        "token_ids": response.token_ids.tolist(),
-        "finish_reason": response.finish_reason,
-        **dataclasses.asdict(response.judgement),
-    }
 
 
 def _plan(config: EvaluateConfig, digest: str, window: int, overlap: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """`.bin/.idx` + a frozen model -> sums of log-probability and entropy of every chunk, from all data-parallel ranks."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,6 +15,7 @@ from megatron_ptrl.data.windows import Windows
 from megatron_ptrl.training.scorer import Scorer
 
 FIGURES = ("logprob", "entropy")
+T = TypeVar("T")
 
 
 def chunks_of(prefix: str, *, window: int, overlap: int, chunk: int) -> Windows:
@@ -39,36 +41,33 @@ def measure(
     indexed, _ = open_indexed(prefix)
     scorer = Scorer(settings, chunks, indexed, windows, FIGURES)
     scorer.score_first_tokens(tokenizer.eod, tokenizer.vocab_size)
-    dp = parallel_state.get_data_parallel_world_size()
-    for begin in range(0, len(missing), dp):
-        yield _together(
-            missing[begin : begin + dp], lambda number, count: _sums(scorer, number, count), scorer, settings
-        )
+
+    def sums(number: int, values: numpy.ndarray) -> dict[str, Any]:
+        totals = values.sum(1, dtype=float).tolist()
+        return {"chunk": number, "tokens": values.shape[1], **dict(zip(FIGURES, totals, strict=True))}
+
+    yield from from_all_ranks(scorer, settings, missing, sums)
 
 
-def _together(
-    at_once: list[int], sums: Callable[[int, int], dict[str, Any] | None], scorer: Scorer, settings: PretrainConfig
-) -> list[dict[str, Any]]:
-    rank, shared = parallel_state.get_data_parallel_rank(), settings.parallel.ep > 1
-    mine: dict[str, Any] | None = None
-    if rank < len(at_once) or shared:
-        # Experts are shared between data-parallel ranks, so those run as often as the one with the most rows.
-        number = at_once[rank] if rank < len(at_once) else at_once[0]
-        counted = at_once if shared else [number]
-        mine = sums(number, max(scorer.num_microbatches(scorer.pack(each)) for each in counted))
-    every: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    found = {line["chunk"]: line for line in every if line is not None}
-    return [found[number] for number in at_once]
+def from_all_ranks(
+    scorer: Scorer, settings: PretrainConfig, numbers: list[int], reduce: Callable[[int, numpy.ndarray], T]
+) -> Iterator[list[T]]:
+    """What `reduce` makes of each chunk's number and values, some chunks at a time, in their order, on all ranks.
 
-
-def _sums(scorer: Scorer, number: int, count: int) -> dict[str, Any] | None:
-    """None on ranks without the last pipeline stage."""
-    values = scorer.score(scorer.pack(number), count)
-    if values is None:
-        return None
-    return {
-        "chunk": number,
-        "tokens": values.shape[1],
-        **dict(zip(FIGURES, values.sum(1, dtype=float).tolist(), strict=True)),
-    }
+    The data-parallel ranks score them side by side. Collective over all ranks.
+    """
+    rank, dp = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    shared = settings.parallel.ep > 1
+    for begin in range(0, len(numbers), dp):
+        at_once = numbers[begin : begin + dp]
+        mine: tuple[int, T] | None = None
+        if rank < len(at_once) or shared:
+            # Experts are shared between data-parallel ranks, so those run as often as the one with the most rows.
+            number = at_once[rank] if rank < len(at_once) else at_once[0]
+            packed = {each: scorer.pack(each) for each in (at_once if shared else [number])}
+            values = scorer.score(packed[number], max(map(scorer.num_microbatches, packed.values())))
+            mine = None if values is None else (number, reduce(number, values))
+        every: list[tuple[int, T] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+        found = dict(pair for pair in every if pair is not None)
+        yield [found[number] for number in at_once]
