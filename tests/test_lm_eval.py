@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness: what it says against forward passes in fp64, in every layout; a task of files."""
+"""The adapter to lm-evaluation-harness: forward passes in fp64 say the same, in every layout; a task of files."""
 
 import json
 from pathlib import Path
@@ -81,8 +81,8 @@ def test_it_equals_forward_passes_in_fp64(ranks, reference, settings, alone, pre
     wanted = [[i, max(size - WINDOW - 1, 0), size] for i, size in enumerate(sizes)]
     values = ranks.run(1, direct, reference, str(tmp_path / "t"), wanted)[0]
     for text, end, found, (logprob, greedy) in zip(TEXTS, ENDS, values, alone[0], strict=True):
-        # Spaces at the end of the text are the continuation's, as the harness has them.
-        count = len(tokenizer.encode(text + end)) - len(tokenizer.encode(text.rstrip(" ")))
+        # White space at the end of the text is the continuation's, as the harness has them.
+        count = len(tokenizer.encode(text + end)) - len(tokenizer.encode(text.rstrip()))
         assert logprob == pytest.approx(sum(found[-count:]), abs=1e-4) and not greedy
 
 

@@ -146,8 +146,8 @@ def run(config: ReportConfig) -> None:
 
 def _scaling(config: ReportConfig, labelled: dict[str, RunMetrics], output: Path) -> list[str]:
     """A table for each metric that is asked for."""
-    options = {"unit": config.scaling_unit, "resamples": config.bootstrap}
-    return [write_scaling(labelled, metric, output, **options) for metric in config.scaling]
+    unit, resamples = config.scaling_unit, config.bootstrap
+    return [write_scaling(labelled, metric, output, unit=unit, resamples=resamples) for metric in config.scaling]
 
 
 def draw_plots(runs: list[Path], output: Path) -> list[Path]:

@@ -91,15 +91,15 @@ def text_figures(chunks: Iterable[dict[str, Any]]) -> tuple[Named, dict[str, Any
             values.append(line[key])
     found: Named = {}
     counts: dict[str, Any] = {}
-    for name, of_data in sorted(sums.items()):
-        tokens = math.fsum(of_data["tokens"])
-        ce = -math.fsum(of_data["logprob"]) / tokens
-        values = {
+    for name, totals in sorted(sums.items()):
+        tokens = math.fsum(totals["tokens"])
+        ce = -math.fsum(totals["logprob"]) / tokens
+        means = {
             "cross_entropy": ce,
             "perplexity": math.exp(min(ce, 700.0)),
-            "entropy": math.fsum(of_data["entropy"]) / tokens,
+            "entropy": math.fsum(totals["entropy"]) / tokens,
         }
-        found |= {f"{name}/{key}": Figure(value, None, None, int(tokens)) for key, value in values.items()}
+        found |= {f"{name}/{key}": Figure(value, None, None, int(tokens)) for key, value in means.items()}
         counts[name] = {"tokens": int(tokens)}
     return found, counts
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class Evaluation:
             if names.count(name) > 1:
                 raise InputError(f"data: two prefixes end in {name}, by which the figures are named; rename one")
             windows = measure_text.chunks_of(prefix, window=self.window, overlap=self.overlap, chunk=self.config.chunk)
-            missing = from_rank_0(lambda name=name, windows=windows: self._missing_chunks(name, windows))
+            missing = from_rank_0(partial(self._missing_chunks, name, windows))
             if missing:
                 self._measure_one(name, prefix, windows, missing)
 
