@@ -62,6 +62,13 @@ _STAGES = {
     "select": _Stage(
         "megatron_ptrl.data.select_stage", "SelectConfig", ".bin/.idx + two scores -> the share of documents to keep"
     ),
+    "evaluate": _Stage(
+        "megatron_ptrl.training.evaluate",
+        "EvaluateConfig",
+        "checkpoint -> perplexity, entropy, pass@k, avg@n, cons@n, next-segment accuracy",
+        trains=True,
+        extra="rl",
+    ),
     "report": _Stage(
         "megatron_ptrl.evaluation.report", "ReportConfig", "run directories -> plots and a table", positional="runs"
     ),

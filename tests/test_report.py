@@ -148,7 +148,7 @@ def test_a_step_logged_again_after_a_resume_counts_once(tmp_path):
 
 def test_evaluations_are_placed_by_their_steps_tokens(tmp_path):
     metrics = read_metrics(make_run(tmp_path / "a"))
-    assert [report._tokens_at(metrics, step) for step in (0, 2, 3.5, 6, 7)] == [0, 2000, 3500, 6000, 7000]
+    assert [metrics.tokens_at(step) for step in (0, 2, 3.5, 6, 7)] == [0, 2000, 3500, 6000, 7000]
 
 
 def test_only_evaluations_and_non_finite_values(tmp_path):

@@ -5,6 +5,7 @@ Sizes are in tokens or samples, times in seconds, loss terms in nats. A field na
 """
 
 from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig
+from megatron_ptrl.config.evaluate import AnswersConfig, EvaluateConfig, HarnessConfig
 from megatron_ptrl.config.judge import GateConfig, JudgeConfig, LexicalConfig, VerifyConfig
 from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
 from megatron_ptrl.config.model import ModelConfig, ParallelConfig
@@ -30,6 +31,7 @@ from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfi
 __all__ = [
     "DEFAULT_CHUNK_TOKENS",
     "DEFAULT_TOP_K",
+    "AnswersConfig",
     "AskConfig",
     "AssembleConfig",
     "ChatDataConfig",
@@ -37,9 +39,11 @@ __all__ = [
     "CleanConfig",
     "DataConfig",
     "DoctorConfig",
+    "EvaluateConfig",
     "ExecutorConfig",
     "GateConfig",
     "GeneratorConfig",
+    "HarnessConfig",
     "JudgeConfig",
     "LexicalConfig",
     "LogConfig",

@@ -41,6 +41,19 @@ class ReportConfig:
     """Run directories, each with its metrics.jsonl."""
     output: str | None = None
     """Folder for the plots and the table; null for plots/ in the run directory, when there is just one."""
+    scaling: list[str] = field(default_factory=list)
+    """Metrics to fit scaling laws to, over training tokens: keys of metrics.jsonl such as `valid_ce` or `reward`, or of
+    the results of `ptrl evaluate` in RUN/evaluations/, such as `gsm8k/pass@1`."""
+    scaling_unit: float | None = None
+    """Tokens that the laws' x is counted in: 1e9 for parameters like those in papers; null for the middle of the data,
+    where their intervals are the least entangled."""
+    bootstrap: int = 200
+    """Resampled fits behind an interval."""
+
+    def __post_init__(self) -> None:
+        unit = self.scaling_unit
+        require(unit is None or unit > 0, f"scaling_unit is {unit}; expected > 0 tokens")
+        require(self.bootstrap >= 20, f"bootstrap is {self.bootstrap}; expected >= 20")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 A killed and resumed run may log a step twice; the later line is the one whose weights live on, so it wins.
 """
 
+import bisect
 import json
 import logging
 import math
@@ -28,6 +29,13 @@ class RunMetrics:
         """Steps and values of `key` in `lines`, where it is a finite number."""
         pairs = [(line["step"], line[key]) for line in lines if is_finite(line.get(key))]
         return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def tokens_at(self, step: float) -> float:
+        """Consumed tokens when `step` was done: an evaluation line has only its step. Between logged steps, a line."""
+        points = [(0, 0), *((li["step"], li["consumed_tokens"]) for li in self.train if "consumed_tokens" in li)]
+        after = min(max(bisect.bisect_left(points, (step,)), 1), len(points) - 1)
+        (left, tokens), (right, more) = points[after - 1], points[after]
+        return tokens + (more - tokens) * (step - left) / max(right - left, 1)
 
 
 def read_metrics(run: Path) -> RunMetrics:

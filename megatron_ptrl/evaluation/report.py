@@ -3,11 +3,12 @@
     metrics.jsonl  --read_metrics-->  RunMetrics  --draw_plots-->  loss.png, ce.png, ...
                                                   --summary_table-->  a Markdown table, a column per run
     token_weights.jsonl, where there is one  --token_weights-->  token_weights.html
+    rollouts/*.jsonl, where there are any    --sample_rollouts-->  rollouts.html
+    any metric that --scaling names          --scaling_report-->  scaling_METRIC.png, scaling_METRIC.md
 
 Everything is drawn over consumed tokens, so that runs with different batch sizes compare at equal data.
 """
 
-import bisect
 import math
 from dataclasses import dataclass
 from itertools import accumulate, count, takewhile
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_ptrl.config import ReportConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.evaluation.metrics import RunMetrics, is_finite, read_metrics
+from megatron_ptrl.evaluation.sample_rollouts import write_sample_rollouts
+from megatron_ptrl.evaluation.scaling_report import write_scaling
 from megatron_ptrl.evaluation.token_weights import write_token_weights
 
 if TYPE_CHECKING:
@@ -126,12 +129,25 @@ def run(config: ReportConfig) -> None:
     table = _table(labelled)
     try:
         plots = _draw_all(labelled, output)
-        page = write_token_weights({label: metrics.path for label, metrics in labelled.items()}, output)
+        folders = {label: metrics.path for label, metrics in labelled.items()}
+        pages = [
+            page for page in (write_token_weights(folders, output), write_sample_rollouts(folders, output)) if page
+        ]
+        scaling = _scaling(config, labelled, output)
         (output / "summary.md").write_text(table + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"output {output}: {error.strerror}; name a folder that can be written") from error
     print(table)
-    print(f"\n{len(plots)} plots{', token_weights.html' if page else ''} and summary.md are in {output}")
+    for law in scaling:
+        print(f"\n{law}")
+    others = "".join(f", {page.name}" for page in pages) + (", scaling_*" if scaling else "")
+    print(f"\n{len(plots)} plots{others} and summary.md are in {output}")
+
+
+def _scaling(config: ReportConfig, labelled: dict[str, RunMetrics], output: Path) -> list[str]:
+    """A table for each metric that is asked for."""
+    unit, resamples = config.scaling_unit, config.bootstrap
+    return [write_scaling(labelled, metric, output, unit=unit, resamples=resamples) for metric in config.scaling]
 
 
 def draw_plots(runs: list[Path], output: Path) -> list[Path]:
@@ -211,14 +227,6 @@ def _drawable(metrics: RunMetrics, panel: _Panel) -> bool:
     )
 
 
-def _tokens_at(metrics: RunMetrics, step: float) -> float:
-    """Consumed tokens when `step` was done: an evaluation line has only its step. Between logged steps, a line."""
-    points = [(0, 0), *((line["step"], line["consumed_tokens"]) for line in metrics.train)]
-    after = min(max(bisect.bisect_left(points, (step,)), 1), len(points) - 1)
-    (left, tokens), (right, more) = points[after - 1], points[after]
-    return tokens + (more - tokens) * (step - left) / max(right - left, 1)
-
-
 def _smooth(values: list[float]) -> list[float]:
     """Mean over a centred window of about a 25th of the run.
 
@@ -294,7 +302,7 @@ def _draw_histogram(shares: dict[str, list[float]], labels: list[str]) -> "Figur
 
 def _draw_run(axes: "Axes", metrics: RunMetrics, panel: _Panel, unit: str, look: dict[str, Any]) -> None:
     def place(steps: list[int]) -> list[float]:
-        return [_tokens_at(metrics, step) for step in steps] if unit == "consumed_tokens" else list(steps)
+        return [metrics.tokens_at(step) for step in steps] if unit == "consumed_tokens" else list(steps)
 
     steps, values = metrics.series(panel.key, metrics.train)
     smooth = panel.smooth and len(values) > _SMOOTH_FROM

@@ -1,8 +1,6 @@
 """token_weights.jsonl of ReMiT runs -> one HTML page: the last logged documents, every token coloured by its weight.
 
-    {"step": 40, "text": ["Q", ": "], "weight": [1.2, 0.0], "gap": [0.7, 0.0], "loss_mask": [1, 0]}   a line a row
-
-The page needs nothing but itself: no script, no font, no picture from elsewhere.
+{"step": 40, "text": ["Q", ": "], "weight": [1.2, 0.0], "gap": [0.7, 0.0], "loss_mask": [1, 0]}   a line a row
 """
 
 import html
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.evaluation.html_page import visible, write_page
 from megatron_ptrl.evaluation.metrics import is_finite, parse_line
 
 SHOWN_DOCUMENTS = 6
@@ -22,14 +21,10 @@ _STRONGEST = 0.6
 _BELOW, _ABOVE = "#0072b2", "#d55e00"
 
 _STYLE = f"""
-:root {{ color-scheme: light dark; --below: {_BELOW}; --above: {_ABOVE}; }}
-body {{ font-family: sans-serif; line-height: 1.7; max-width: 72em; margin: 2em auto; padding: 0 1em; }}
-.text {{ font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; }}
-.text {{ border: 1px solid #8888; padding: 1em; }}
+:root {{ --below: {_BELOW}; --above: {_ABOVE}; }}
 .below {{ background: color-mix(in srgb, var(--below) var(--much), transparent); }}
 .above {{ background: color-mix(in srgb, var(--above) var(--much), transparent); }}
 .masked {{ color: #808080; }}
-.note {{ color: #808080; }}
 """
 
 
@@ -110,14 +105,7 @@ def write_token_weights(runs: dict[str, Path], output: Path) -> Path | None:
     for label, found in rows.items():
         parts.append(f"<h2>{html.escape(label)}</h2>")
         parts += [_document(row, furthest) for row in found]
-    head = f'<meta charset="utf-8">\n<title>Token weights</title>\n<style>{_STYLE}</style>'
-    body = "\n".join(["<h1>Token weights</h1>", *parts])
-    page = f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
-    path = output / "token_weights.html"
-    output.mkdir(parents=True, exist_ok=True)
-    # A token may be half of a surrogate pair, which UTF-8 cannot hold.
-    path.write_text(page, encoding="utf-8", errors="replace")
-    return path
+    return write_page(output / "token_weights.html", "Token weights", _STYLE, parts)
 
 
 def _legend(low: float, high: float, furthest: float) -> str:
@@ -151,6 +139,4 @@ def _span(text: str, weight: float, furthest: float, title: str = "") -> str:
 
 
 def _visible(text: str) -> str:
-    """Escaped; a line break is kept and marked, other control characters get their picture."""
-    shown = "".join("↵\n" if c == "\n" else chr(0x2400 + ord(c)) if c < " " and c != "\t" else c for c in text)
-    return html.escape(shown)
+    return visible(text, line_end="↵")

@@ -1,6 +1,7 @@
 """The responses of a step <-> rollouts/step_*.jsonl: to be read, shown, and used again without generating.
 
-One line for each response: what `Rollout` and `Judgement` hold, the prompt's place, task and target, its advantage.
+One line for each response: what `Rollout` and `Judgement` hold, the prompt's place, task, messages and target, its
+advantage.
 """
 
 import dataclasses
@@ -53,6 +54,7 @@ def _line(group: Group, index: int, response: Response) -> dict[str, Any]:
         "place": group.placed.place,
         "prompt_id": prompt.id,
         "task": prompt.task,
+        "messages": prompt.messages,
         "target": prompt.target,
         "index": index,
         "finish_reason": response.finish_reason,

@@ -39,6 +39,25 @@ class Judging(Protocol):
     def close(self) -> None: ...
 
 
+class Sampling(Protocol):
+    """How prompts are answered, as `RolloutConfig` says it."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+    @property
+    def judge_patience(self) -> float: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """A response with its reward. Arrays, because all ranks exchange them."""
@@ -99,48 +118,24 @@ class Round:
         return [group for group in self.groups if not (drop_equal and group.equal)]
 
 
-class Collector:
-    """Gathers the responses of a step. Every method is to be called by all ranks.
+class Responder:
+    """Answers prompts, and has the answers judged. Every method is to be called by all ranks.
 
     rewarder: on the ranks that judge, see `judges`; None elsewhere
     """
 
     def __init__(
-        self,
-        config: RLConfig,
-        tokenizer: Tokenizer,
-        prompts: PromptSource,
-        engine: RolloutEngine,
-        rewarder: Judging | None,
+        self, settings: Sampling, seed: int, tokenizer: Tokenizer, engine: RolloutEngine, rewarder: Judging | None
     ) -> None:
-        self._config, self._tokenizer, self._prompts = config, tokenizer, prompts
+        self._settings, self._seed, self._tokenizer = settings, seed, tokenizer
         self._engine, self._rewarder = engine, rewarder
 
-    def collect(self, place: int) -> Round:
-        """The responses to the prompts from `place` on, with resampling.
-
-        Raises InputError when too many could not be judged, or a response is none.
-        """
-        settings, found = self._config.rollout, Round(next_place=place)
-        while found.passes <= settings.resample:
-            wanted = settings.prompts - len(found.trained(drop_equal=settings.drop_equal_groups))
-            if found.passes and wanted <= 0:
-                break
-            prompts, found.next_place, rejects = self._prompts.take(found.next_place, wanted)
-            found.groups += self._answer(prompts, found)
-            found.rejects += rejects
-            found.passes += 1
-            if not settings.drop_equal_groups:
-                break
-        _check_judged(found.groups, settings.max_unjudged)
-        return found
-
-    def _answer(self, prompts: list[PlacedPrompt], times: Round) -> list[Group]:
+    def answer(self, prompts: list[PlacedPrompt], times: Round) -> list[Group]:
         """A group for each prompt: this rank's own ones are answered here, the others by their ranks."""
         rank = parallel_state.get_data_parallel_rank()
         mine = prompts[rank :: parallel_state.get_data_parallel_world_size()]
         responses = self._respond(mine, times)
-        samples = self._config.rollout.samples
+        samples = self._settings.samples
         by_place = {p.place: responses[i * samples : (i + 1) * samples] for i, p in enumerate(mine)}
         everywhere: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
         dist.all_gather_object(everywhere, by_place, group=parallel_state.get_data_parallel_group())
@@ -149,7 +144,7 @@ class Collector:
 
     def _respond(self, prompts: list[PlacedPrompt], times: Round) -> list[Response]:
         """The responses to this rank's prompts with their judgements, group after group."""
-        settings, seed = self._config.rollout, self._config.train.seed
+        settings, seed = self._settings, self._seed
         requests = [
             Request(placed.ids, settings.max_tokens, rollout_seed(seed, placed.place, index))
             for placed in prompts
@@ -210,7 +205,7 @@ class Collector:
         return answer[0]
 
     def _wait(self, futures: list[concurrent.futures.Future[Judgement]]) -> list[Judgement]:
-        patience = self._config.rollout.judge_patience
+        patience = self._settings.judge_patience
         concurrent.futures.wait(futures, timeout=patience)
         late = Judgement(reward=None, reason=LATE, prediction="", seconds=patience)
         found = [future.result() if future.done() else late for future in futures]
@@ -219,6 +214,40 @@ class Collector:
         for judgement in found:
             if judgement.reward is not None and not math.isfinite(judgement.reward):
                 raise InputError(f"a judgement ({judgement.reason}) has reward {judgement.reward}; expected a number")
+        return found
+
+
+class Collector(Responder):
+    """Gathers the responses of a step. Every method is to be called by all ranks."""
+
+    def __init__(
+        self,
+        config: RLConfig,
+        tokenizer: Tokenizer,
+        prompts: PromptSource,
+        engine: RolloutEngine,
+        rewarder: Judging | None,
+    ) -> None:
+        super().__init__(config.rollout, config.train.seed, tokenizer, engine, rewarder)
+        self._rollout, self._prompts = config.rollout, prompts
+
+    def collect(self, place: int) -> Round:
+        """The responses to the prompts from `place` on, with resampling.
+
+        Raises InputError when too many could not be judged, or a response is none.
+        """
+        settings, found = self._rollout, Round(next_place=place)
+        while found.passes <= settings.resample:
+            wanted = settings.prompts - len(found.trained(drop_equal=settings.drop_equal_groups))
+            if found.passes and wanted <= 0:
+                break
+            prompts, found.next_place, rejects = self._prompts.take(found.next_place, wanted)
+            found.groups += self.answer(prompts, found)
+            found.rejects += rejects
+            found.passes += 1
+            if not settings.drop_equal_groups:
+                break
+        check_judged(found.groups, settings.max_unjudged)
         return found
 
 
@@ -242,7 +271,8 @@ def _check_generation(generation: Generation, engine: str, placed: PlacedPrompt,
             )
 
 
-def _check_judged(groups: list[Group], most: float) -> None:
+def check_judged(groups: list[Group], most: float) -> None:
+    """InputError where a larger share than `most` could not be judged."""
     reasons = [r.judgement.reason for group in groups for r in group.responses if r.judgement.reward is None]
     count = sum(len(group.responses) for group in groups)
     if len(reasons) > most * count:

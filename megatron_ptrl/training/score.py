@@ -81,8 +81,8 @@ class Scoring:
         if overlap >= window:
             raise InputError(f"overlap is {overlap}; expected less than the window, {window}")
         self.windows = Windows(self.indexed.sequence_lengths, window=window, overlap=overlap, chunk=config.chunk)
-        digest = _digest(self.checkpoint, manifest)
-        self.meta = _from_rank_0(lambda: self._describe(manifest, digest, overlap))
+        digest = digest_of(self.checkpoint, manifest)
+        self.meta = from_rank_0(lambda: self._describe(manifest, digest, overlap))
         self.parts = ScoredChunks(Path(self.output + ".parts"), config.storage)
         self._lock: IO[str] | None = None  # of the parts, on rank 0
         for note in notes:
@@ -90,7 +90,7 @@ class Scoring:
 
     def run(self) -> None:
         """Score what is missing, merge, tell."""
-        missing = _from_rank_0(self._missing)
+        missing = from_rank_0(self._missing)
         if missing is None:
             self.say(f"{self.output} is finished; nothing to do")
             return
@@ -183,7 +183,7 @@ class Scoring:
         writes = rank < len(at_once) and parallel_state.get_tensor_model_parallel_rank() == 0
         if values is not None and writes:
             with _writing(self.output):
-                self.parts.write(self.windows.chunk(mine), values)
+                self.parts.write(self.windows.chunk(mine), values[0])
 
     def _merge(self, rate: float) -> None:
         config = self.config
@@ -232,7 +232,7 @@ def _identity(meta: SideCarMeta) -> dict[str, Any]:
     return plan
 
 
-def _digest(path: Path, manifest: dict[str, Any]) -> str:
+def digest_of(path: Path, manifest: dict[str, Any]) -> str:
     """SHA-256 over those of all files of a checkpoint, which the ranks read in turn. Collective."""
     names, world_size = sorted(manifest["files"]), dist.get_world_size()
     every: list[dict[str, str]] = [{} for _ in range(world_size)]
@@ -241,7 +241,7 @@ def _digest(path: Path, manifest: dict[str, Any]) -> str:
     return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in names).encode()).hexdigest()
 
 
-def _from_rank_0(question: Callable[[], Any]) -> Any:
+def from_rank_0(question: Callable[[], Any]) -> Any:
     """Its answer, or its InputError, on every rank."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:

@@ -1,13 +1,12 @@
-"""Pieces of documents -> packed rows -> Megatron's schedule, forward only -> a log-probability for every token."""
+"""Pieces of documents -> packed rows -> Megatron's schedule, forward only -> figures of every token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -23,6 +22,14 @@ _PLANES = 4
 _PADDING = -1
 
 
+class Documents(Protocol):
+    """What is asked of an `IndexedDataset`."""
+
+    path_prefix: str
+
+    def get(self, idx: int, offset: int = 0, length: int | None = None) -> numpy.ndarray: ...
+
+
 @dataclass
 class Packed:
     """The pieces of a chunk and where they lie in its rows."""
@@ -36,22 +43,34 @@ class Scorer:
     """One frozen model on this rank's share of the layout, and the data it scores.
 
     config: data.seq_length is the width of a row, train.micro_batch the rows of a forward pass, documents are isolated
+    figures: names of `TokenStats`' fields
     """
 
     def __init__(
-        self, config: PretrainConfig, chunks: list[torch.nn.Module], indexed: IndexedDataset, windows: Windows
+        self,
+        config: PretrainConfig,
+        chunks: list[torch.nn.Module],
+        indexed: Documents,
+        windows: Windows,
+        figures: Sequence[str] = ("logprob",),
     ) -> None:
         self._config, self._chunks, self._indexed, self._windows = config, chunks, indexed, windows
+        self._figures = tuple(figures)
         self._of_first: numpy.ndarray | None = None
 
     @torch.no_grad()
     def score_first_tokens(self, eod: int, vocab_size: int) -> None:
-        """Get the log-probabilities of a document's first token, those after `eod` alone: one forward pass for all.
+        """Get the figures of a document's first token, those after `eod` alone: one forward pass for all.
 
         Collective over all ranks; comes before `score`.
         """
         logprob = next_logits(self._config, self._chunks, [eod]).log_softmax(-1)
-        self._of_first = logprob[:vocab_size].cpu().numpy()
+        known = {
+            "logprob": logprob,
+            "entropy": -(logprob.exp() * logprob).sum().expand_as(logprob),
+            "target_in_head": (logprob == logprob.max()).float(),
+        }
+        self._of_first = torch.stack([known[name] for name in self._figures])[:, :vocab_size].cpu().numpy()
 
     def pack(self, number: int) -> Packed:
         """The rows of chunk `number`."""
@@ -68,7 +87,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, packed: Packed, num_microbatches: int) -> numpy.ndarray | None:
-        """float32, the values of a chunk's tokens in their order; None on ranks without the last pipeline stage.
+        """float32 (figures, tokens), of a chunk's tokens in their order; None on ranks without the last pipeline stage.
 
         num_microbatches: at least what the chunk needs; where experts are shared, all ranks must run the same number.
         Collective over the model-parallel ranks. Raises InputError for a token id that the model does not know, or a
@@ -79,7 +98,7 @@ class Scorer:
         collected: list[Tensor] = []
         if num_microbatches:
             collected = get_forward_backward_func()(
-                forward_step_func=_forward_step,
+                forward_step_func=partial(_forward_step, self._figures),
                 data_iterator=batches if len(batches) > 1 else batches[0],
                 model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
                 num_microbatches=num_microbatches,
@@ -92,8 +111,9 @@ class Scorer:
         last = bool(unwrap(self._chunks[-1]).post_process)
         if not last:
             return None
-        logprob = torch.cat(collected).cpu().numpy() if collected else numpy.empty((0, width), numpy.float32)
-        return self._gather(packed, logprob)
+        if not collected:
+            return self._gather(packed, numpy.empty((len(self._figures), 0, width), numpy.float32))
+        return self._gather(packed, torch.cat(collected, dim=1).cpu().numpy())
 
     def _batches(self, packed: Packed, num_microbatches: int) -> Iterator[Tensor]:
         """int64 [4, b, s] for each microbatch, on the device of the model."""
@@ -129,42 +149,44 @@ class Scorer:
             )
         return tokens
 
-    def _gather(self, packed: Packed, logprob: numpy.ndarray) -> numpy.ndarray:
-        """(rows, s) in the order of the rows -> the values in the order of the tokens."""
-        values = numpy.empty(sum(piece.end - piece.first for piece in packed.pieces), numpy.float32)
+    def _gather(self, packed: Packed, found: numpy.ndarray) -> numpy.ndarray:
+        """(figures, rows, s) in the order of the rows -> (figures, tokens) in the order of the tokens."""
+        tokens = sum(piece.end - piece.first for piece in packed.pieces)
+        values = numpy.empty((len(self._figures), tokens), numpy.float32)
         at = 0
         for piece, (row, column) in zip(packed.pieces, packed.places, strict=True):
             first = piece.first
             start = at
             if first == 0:
                 assert self._of_first is not None
-                values[at] = self._of_first[self._tokens(piece.document, 0, 1)[0]]
+                values[:, at] = self._of_first[:, self._tokens(piece.document, 0, 1)[0]]
                 at, first = at + 1, 1
             count = piece.end - first
             # The value of token i is read where token i - 1 went in.
             begin = column + first - 1 - piece.begin
-            values[at : at + count] = logprob[row, begin : begin + count] if count else 0
+            values[:, at : at + count] = found[:, row, begin : begin + count] if count else 0
             at += count
-            invalid = first_invalid(values[start:at])
+            logprob = values[self._figures.index("logprob"), start:at]
+            invalid = first_invalid(logprob)
             if invalid is not None:
                 raise InputError(
                     f"{self._indexed.path_prefix}, document {piece.document}, token {piece.first + invalid}: the "
-                    f"reference gives it the log-probability {values[start + invalid]}; expected a finite one, not "
+                    f"reference gives it the log-probability {logprob[invalid]}; expected a finite one, not "
                     "above 0: look at the checkpoint, or score in fp32"
                 )
         return values
 
 
-def _forward_step(batches: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(figures: tuple[str, ...], batches: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Any]:
     tokens, labels, positions, pieces = next(batches)
     causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
     barred = causal | (pieces[:, :, None] != pieces[:, None, :])
-    return model(tokens, positions, barred[:, None], labels=labels), partial(_logprob, unwrap(model))
+    return model(tokens, positions, barred[:, None], labels=labels), partial(_stats, figures, unwrap(model))
 
 
-def _logprob(model: RewardShapedGPTModel, loss: Tensor, non_loss_data: bool) -> Tensor:
-    """(b, s) fp32 of the last microbatch: plain log p, whatever the loss."""
+def _stats(figures: tuple[str, ...], model: RewardShapedGPTModel, loss: Tensor, non_loss_data: bool) -> Tensor:
+    """(figures, b, s) fp32 of the last microbatch, those of the plain softmax, whatever the loss."""
     assert model.token_stats is not None
-    logprob = model.token_stats.logprob.t().contiguous()
+    found = torch.stack([getattr(model.token_stats, name).t().float() for name in figures])
     model.token_stats = None
-    return logprob
+    return found
