@@ -22,6 +22,7 @@ from megatron_ptrl.config.run import (
     RunConfig,
 )
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
+from megatron_ptrl.config.sft import ChatDataConfig, SFTConfig, SFTTrainConfig
 from megatron_ptrl.config.think import ExecutorConfig, SamplingConfig, ServerConfig, ThinkConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
 
@@ -30,6 +31,7 @@ __all__ = [
     "DEFAULT_TOP_K",
     "AnswersConfig",
     "AssembleConfig",
+    "ChatDataConfig",
     "CheckpointConfig",
     "DataConfig",
     "DoctorConfig",
@@ -55,6 +57,8 @@ __all__ = [
     "RolloutConfig",
     "RowsConfig",
     "RunConfig",
+    "SFTConfig",
+    "SFTTrainConfig",
     "SampleConfig",
     "SamplingConfig",
     "ScoreConfig",
