@@ -75,6 +75,8 @@ class EvaluateConfig:
     a worked answer ends with `#### RESULT`."""
     problem_template: str = "{question}\n\nPut your final answer within \\boxed{}."
     """What is asked where a line has a question."""
+    template: str | None = None
+    """How conversations are written, as `data.template` of `ptrl sft`; null for that of the checkpoint's run."""
     k: list[int] = field(default_factory=lambda: [1, 8])
     """Of pass@k."""
     rollout: AnswersConfig = field(default_factory=AnswersConfig)

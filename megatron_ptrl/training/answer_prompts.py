@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core import parallel_state
 
 from megatron_ptrl.config import AnswersConfig, EvaluateConfig
-from megatron_ptrl.data.chat import PlainTemplate
+from megatron_ptrl.data.chat import ChatTemplate, encode_prompt
 from megatron_ptrl.data.problems import Asked, read_prompts
 from megatron_ptrl.data.prompts import PlacedPrompt
 from megatron_ptrl.data.sidecar import Durably
@@ -35,7 +35,9 @@ class Usable:
     """The name of its file."""
 
 
-def read(config: EvaluateConfig, tokenizer: Tokenizer, window: int) -> tuple[list[Usable], list[Line]]:
+def read(
+    config: EvaluateConfig, tokenizer: Tokenizer, template: ChatTemplate, window: int
+) -> tuple[list[Usable], list[Line]]:
     """(usable prompts in the order of their lines, the others as lines of the rejects).
 
     window: tokens that a prompt shares with its response
@@ -48,7 +50,11 @@ def read(config: EvaluateConfig, tokenizer: Tokenizer, window: int) -> tuple[lis
         if asked.prompt is None:
             rejects.append(_reject(asked, "unreadable", asked.problem))
             continue
-        ids = tokenizer.encode(PlainTemplate().render(asked.prompt.messages, ask=True))
+        try:
+            ids = encode_prompt(template, tokenizer, asked.prompt.messages).tolist()
+        except InputError as error:
+            rejects.append(_reject(asked, "unreadable", str(error)))
+            continue
         if 0 < len(ids) <= room:
             found.append(Usable(PlacedPrompt(asked.place, asked.prompt, ids), asked.file))
         else:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ptrl.config import DataConfig, EvaluateConfig, ScoreConfig
+from megatron_ptrl.data.chat import ChatTemplate, PlainTemplate, make_template
 from megatron_ptrl.data.indexed import load_blend, resolve_tokenizer
 from megatron_ptrl.data.sidecar import Durably, hash_file
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
@@ -172,7 +173,7 @@ class Evaluation:
     def _answer(self) -> None:
         if not self.config.prompts:
             return
-        prompts, rejects = answer_prompts.read(self.config, self.tokenizer, self.window)
+        prompts, rejects = answer_prompts.read(self.config, self.tokenizer, self._template(), self.window)
         done = set(from_rank_0(lambda: answer_prompts.keep_whole(self.output, self.answers.samples, rejects)))
         missing = [asked for asked in prompts if asked.placed.place not in done]
         if not missing:
@@ -191,6 +192,11 @@ class Evaluation:
             engine.close()
             if lines:
                 lines.close()
+
+    def _template(self) -> ChatTemplate:
+        """That of the checkpoint's run, unless another is named."""
+        of_its_run = self.manifest["settings"].get("data.template", PlainTemplate.name)
+        return make_template(self.config.template or of_its_run, self.tokenizer)
 
     def _run_harness(self) -> None:
         harness = self.config.harness
