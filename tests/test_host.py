@@ -1,10 +1,14 @@
 """The layer that answers CUDA calls on a CPU: what it redirects, and that a machine with CUDA never sees it."""
 
+import os
 import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 WITH_CUDA = """
 import torch
@@ -81,3 +85,25 @@ def test_what_names_a_cuda_device_stays_on_the_cpu(ranks):
     assert answer["types"] == ("torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", torch.float64)
     assert 0 <= answer["milliseconds"] < 1000
     assert answer["random"] and answer["memory"] == 0
+
+
+def waiting_threads(rank: int, world_size: int) -> tuple[list[int], list[float], str]:
+    """Threads before and after the first, and all of, many groups; their sums; a group's timeout."""
+    from megatron_ptrl.training import host
+
+    host.install_if_no_cuda()
+    x, threads, sums = torch.ones(2), [], []
+    for _ in range(3):
+        group = dist.new_group(list(range(world_size)), timeout=timedelta(seconds=77))
+        y = x.clone()
+        dist.all_reduce(y, group=group)
+        sums.append(float(y[0]))
+        names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+        threads.append(sum("gloo_tcp_loop" in name for name in names))
+    return threads, sums, str(group._get_backend(torch.device("cpu")).options._timeout)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for machines without CUDA")
+def test_process_groups_share_a_thread_that_waits(ranks):
+    for threads, sums, timeout in ranks.run(2, waiting_threads):
+        assert threads[0] == threads[-1] > 0 and sums == [2.0] * 3 and timeout == "0:01:17"
