@@ -111,6 +111,7 @@ class Stub:
     """Both protocols on one model."""
 
     def __init__(self) -> None:
+        self.key = ""
         self.fault, self.version, self.counts = "", "default", {}  # type: ignore[var-annotated]
         self.config: dict[str, Any] = {}
         self.weights: dict[str, Any] = {}
@@ -175,7 +176,7 @@ class Stub:
         if self.fault == "503" or self.fails_once("503_once"):
             return 503, {"error": "busy"}
         if self.fault == "400":
-            return 400, {"error": {"message": "max_tokens is too large"}}
+            return 400, {"error": {"message": f"max_tokens is too large for {self.key}"}}
         return 200, self.sglang(body) if path == "/generate" else self.vllm(body)
 
     def sglang(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +227,7 @@ class Stub:
                 while (header := await reader.readline()) not in (b"\r\n", b""):
                     name, _, value = header.decode().partition(":")
                     length = int(value) if name.lower() == "content-length" else length
+                    self.key = value.strip() if name.lower() == "authorization" else self.key
                 content = await reader.readexactly(length)
                 status, said = await self.answer(line.split()[1].decode(), json.loads(content or b"{}"))
                 text = json.dumps(said).encode()

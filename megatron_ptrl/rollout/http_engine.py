@@ -9,6 +9,7 @@ taken the weights, however close it still is.
 """
 
 import asyncio
+import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -24,6 +25,8 @@ from megatron_ptrl.rollout.engine import Generation, Request, check_request
 from megatron_ptrl.rollout.http_api import Api, Malformed, Reply
 from megatron_ptrl.rollout.http_fleet import Failed, Fleet, Server
 from megatron_ptrl.rollout.weight_folders import WeightFolders
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 OnDone = Callable[[int, Generation], None]
@@ -60,13 +63,12 @@ class HttpEngine:
     ) -> None:
         self.name = api.name
         self.weight_version = 0
-        self.notes: list[str] = []
-        """What the log should say of the servers since the last look at it."""
         self._api, self._config = api, config
         self._fleet = Fleet(urls, config)
         self._window, self._eod, self._vocab_size = window, eod, vocab_size
         self._folders = WeightFolders(weights)
-        self._probe_ids, self._score = probe_ids[: config.probe_tokens], score
+        # Twice, because a prompt may be a single token; vLLM writes one more behind the text.
+        self._probe_ids, self._score = (probe_ids * 2)[: min(config.probe_tokens, window - 1)], score
         self._named: str | None = None
         """The version as servers know it; None before the first one."""
         self._seen: dict[str, tuple[list[float], list[float]]] = {}
@@ -118,8 +120,8 @@ class HttpEngine:
         self._named, states = _share(hand_over, 0, None)
         for server in self._fleet.servers:
             server.out = states[server.url]
-            if server.out != before[server.url]:
-                self.notes.append(f"{server.url} is " + (f"left out: {server.out}" if server.out else "back"))
+            if server.out != before[server.url] and dist.get_rank() == 0:
+                logger.warning("%s is %s", server.url, f"left out: {server.out}" if server.out else "back")
         self.weight_version = version
 
     def close(self) -> None:
@@ -204,8 +206,9 @@ class HttpEngine:
     async def _load_everywhere(self, folder: Path, expected: list[float]) -> None:
         await _all_or_none([self._load(server, folder, expected) for server in self._fleet.servers])
         if all(server.out for server in self._fleet.servers):
+            reasons = "; ".join(str(server.out) for server in self._fleet.servers)
             raise InputError(
-                "no server could be given the weights: " + "; ".join(s.out or "" for s in self._fleet.servers)
+                f"no server could be given the weights ({reasons}); see to them, and start the same command"
             )
 
     async def _load(self, server: Server, folder: Path, expected: list[float]) -> None:
@@ -239,7 +242,7 @@ class HttpEngine:
         if not away <= self._config.probe_tolerance:
             raise InputError(
                 f"{url}: its log-probabilities of a text are {away:.3g} nats from the trainer's on average, more than "
-                f"rollout.server.probe_tolerance {self._config.probe_tolerance:g}: it has other weights or another model"
+                f"rollout.server.probe_tolerance {self._config.probe_tolerance:g}: other weights, or another model"
             )
         before, trainers = self._seen.get(url, ([], []))
         if before != found:

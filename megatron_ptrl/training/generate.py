@@ -84,7 +84,7 @@ def window_logits(config: RunConfig, chunks: list[Any], written: list[int], plac
 
 
 def _from_last_stage(shard: Tensor | None, device: Any) -> Tensor:
-    """The whole vocabulary's logits (n, v) from the shards (n, v/tp) on the last stage. One all-gather, one broadcast."""
+    """The whole vocabulary's logits (n, v) from the last stage's shards (n, v/tp). One all-gather, three broadcasts."""
     tp_group = parallel_state.get_tensor_model_parallel_group()
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     pp_group = parallel_state.get_pipeline_model_parallel_group()
