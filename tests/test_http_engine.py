@@ -153,7 +153,7 @@ class _Faults:
 WRONG = {
     ("sync", "stale"): "to the last bit what they were",
     ("sync", "stale_version"): r"has weights 'v00000000-\w+' after it was given 'v00000001",
-    ("sync", "503"): "no server could be given the weights .*status 503",
+    ("sync", "503"): r"no server could be given the weights .*status 503.*with the model in .*/weights/v00000001-\w+,",
     ("sync", "hang"): "no server could be given the weights .*no reply within 1 s",
     ("generate", "no_ids"): "output_token_logprobs|token_ids",
     ("generate", "503"): "status 503.*given up after 2 attempts",
