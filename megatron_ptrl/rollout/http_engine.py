@@ -208,8 +208,8 @@ class HttpEngine:
         if all(server.out for server in self._fleet.servers):
             reasons = "; ".join(str(server.out) for server in self._fleet.servers)
             raise InputError(
-                f"no server could be given the weights ({reasons}); start one with the model in {folder}, then the same "
-                "command"
+                f"no server could be given the weights ({reasons}); start one with the model in {folder}, then "
+                "the same command"
             )
 
     async def _load(self, server: Server, folder: Path, expected: list[float]) -> None:
