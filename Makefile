@@ -45,6 +45,7 @@ bench: .venv/.ready ## Measure the loss, a training step and the data stages on 
 	@$(BIN)/python benchmarks/score.py
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/think_rate.py
+	@$(BIN)/python benchmarks/rollout.py
 
 gpu: .venv/.ready-dev ## With a CUDA device: run the tests that need one, measure the loss on it
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'

@@ -2,8 +2,9 @@
 
     python benchmarks/rollout.py [--batch 32] [--prompt 128] [--tokens 128] [--rounds 3] [--output FILE.json]
 
-"alike": prompts and responses of equal lengths. "ragged": lengths that differ, as rollouts do; a batch of `generate`
-ends with its longest response. Both draw at temperature 1, in the same precision, in turn. Tokens are those asked for.
+"alike": prompts and responses of equal lengths. "ragged": lengths that differ; a batch of `generate` ends with its
+longest response. "groups": ragged, and 8 responses to each prompt, as in reinforcement; `generate` reads a prompt for
+each of them, the engine once. Both draw at temperature 1, in the same precision, in turn. Tokens are those asked for.
 The ratio is of processor seconds on a CPU, where other work on the machine does not count, and of the clock on a GPU.
 """
 
@@ -32,6 +33,7 @@ from megatron_ptrl.rollout.megatron_engine import MegatronEngine  # noqa: E402
 from megatron_ptrl.training import mcore  # noqa: E402
 from megatron_ptrl.training.runlog import environment  # noqa: E402
 
+GROUP = 8
 HUGGING_FACE, MEGATRON = "Hugging Face generate", "megatron engine"
 
 
@@ -72,8 +74,8 @@ def main() -> None:
     far = farthest_logits(chunks[0], llama, arguments.vocab, device)
     others = ThreadPoolExecutor(1)
     results = []
-    for case in ("alike", "ragged"):
-        requests = make_requests(arguments, 4 * arguments.batch if case == "ragged" else arguments.batch, case)
+    for case in ("alike", "ragged", "groups"):
+        requests = make_requests(arguments, case)
         runs: dict[str, Callable[[], Any]] = {
             # In a thread of its own, which training/host.py's redirection does not slow down.
             HUGGING_FACE: lambda requests=requests: others.submit(
@@ -95,16 +97,22 @@ def main() -> None:
     mcore.shutdown()
 
 
-def make_requests(arguments: argparse.Namespace, count: int, case: str) -> list[Request]:
-    """`count` requests; ragged ones have prompts and responses from a quarter of the longest on."""
+def make_requests(arguments: argparse.Namespace, case: str) -> list[Request]:
+    """One batch that is alike, or four whose prompts and responses are from a quarter of the longest on."""
     draw = random.Random(0)
-    found = []
-    for number in range(count):
-        prompt, tokens = arguments.prompt, arguments.tokens
-        if case == "ragged":
-            prompt, tokens = draw.randint(prompt // 4, prompt), draw.randint(tokens // 4, tokens)
-        found.append(Request([draw.randrange(arguments.vocab) for _ in range(prompt)], tokens, number))
-    return found
+    alike = case == "alike"
+    prompts = [
+        [draw.randrange(arguments.vocab) for _ in range(draw.randint(arguments.prompt // 4, arguments.prompt))]
+        for _ in range(4 * arguments.batch)
+    ]
+    if alike:
+        prompts = [[draw.randrange(arguments.vocab) for _ in range(arguments.prompt)] for _ in range(arguments.batch)]
+    if case == "groups":
+        prompts = [prompts[number // GROUP] for number in range(len(prompts))]
+    return [
+        Request(prompt, arguments.tokens if alike else draw.randint(arguments.tokens // 4, arguments.tokens), number)
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def llama_of(config: PretrainConfig, chunk: torch.nn.Module, vocab: int) -> Any:

@@ -43,6 +43,9 @@ _STAGES = {
     "pretrain": _Stage(
         "megatron_ptrl.training.pretrain", "PretrainConfig", ".bin/.idx -> checkpoints, metrics, plots", trains=True
     ),
+    "sft": _Stage(
+        "megatron_ptrl.training.sft", "SFTConfig", "conversations + checkpoint -> a model that answers", trains=True
+    ),
     "rl": _Stage(
         "megatron_ptrl.training.rl",
         "RLConfig",

@@ -34,7 +34,7 @@ def rl_config(prefix: str, prompts: list[str | float], run_dir: Path | str, **ov
     settings = {name: value for name, value in tiny_config(prefix, run_dir).items() if name not in kept}
     settings |= {
         "data.tokenizer": prefix + ".tokenizer.json",
-        "data.seq_length": 64,
+        "data.seq_length": 96,  # two or three responses in a row
         "prompts.files": prompts,
         "rollout.prompts": 4,
         "rollout.samples": 4,

@@ -14,6 +14,7 @@ SMALL = {
     "training.py": ["--vocab", "512", "--hidden", "64", "--layers", "1", "--seq_length", "32", "--steps", "1"],
     "score.py": ["--vocab", "512", "--hidden", "64", "--layers", "1", "--seq_length", "32", "--rounds", "1"],
     "data.py": ["--vocab", "512", "--megabytes", "0.5", "--rounds", "1"],
+    "rollout.py": ["--vocab", "512", "--hidden", "64", "--layers", "1", "--batch", "2", "--tokens", "8", "--rounds=1"],
     "think_rate.py": ["--documents", "512", "--rounds", "1"],
 }
 

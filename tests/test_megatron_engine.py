@@ -196,6 +196,22 @@ def test_the_weights_after_a_step_are_those_that_generate(ranks, prefix, tmp_pat
         assert named in message
 
 
+def with_experts(rank: int, world_size: int, settings: Settings) -> tuple[list[Generation], float]:
+    with pretraining(settings, world_size) as run:
+        found = engine_of(run, 4).generate(requests(), **PLAIN)
+        return found, farthest(run, requests(), found) if world_size == 1 else 0.0
+
+
+def test_a_mixture_of_experts_generates_what_it_is_trained_as(ranks, prefix, tmp_path):
+    # Smaller weights: with large ones the router passes on more rounding than the other models.
+    experts = {"model__num_moe_experts": 4, "model__init_method_std": 0.1}
+    (alone, far), *_ = ranks.run(1, with_experts, settings_of(prefix, tmp_path / "1", **experts))
+    assert far < 1e-5
+    split = {"parallel__tp": 2, "parallel__sequence_parallel": True}
+    for found, _ in ranks.run(2, with_experts, settings_of(prefix, tmp_path / "2", **experts, **split)):
+        assert_alike(found, alone)
+
+
 def ended(rank: int, world_size: int, settings: Settings) -> tuple[list[Generation], int, list[Generation]]:
     """Responses that nothing ends, a token from the middle of the longest, and the responses that it ends."""
     with pretraining(settings, world_size) as run:

@@ -10,6 +10,7 @@ from ranks import Ranks
 from rl_runs import Letters, make_prompts, read_rl_metrics, read_rollouts, reinforcement, rl_config, run_rl
 from tiny import Metrics, Settings, assert_close_metrics, run_tiny, tiny_config
 
+from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.records import Judgement, Prompt
 
 STEPS = 2
@@ -115,7 +116,8 @@ def gradient_by_hand(rank: int, world_size: int, settings: Settings) -> tuple[Me
         groups: dict[int, list[dict[str, Any]]] = {}
         for line in read_rollouts(settings["run_dir"], 1):
             groups.setdefault(line["place"], []).append(line)
-        total, count = torch.zeros(()), 0
+        total, tokens, answers = torch.zeros(()), 0, 0
+        by_answer = settings["policy.aggregation"] == "sequence_mean"
         for group in groups.values():
             rewards = torch.tensor([line["reward"] for line in group])
             if rewards.std() == 0:
@@ -127,14 +129,16 @@ def gradient_by_hand(rank: int, world_size: int, settings: Settings) -> tuple[Me
                 logits = model(ids, positions, mask)[0].log_softmax(-1)
                 answer = len(line["prompt_ids"])
                 logprobs = logits[answer - 1 : -1].gather(-1, ids[0, answer:, None])[:, 0]
-                count += len(logprobs)
-                total = total - advantage * logprobs.sum()
-        found = torch.autograd.grad(total / count, [p for p in model.parameters() if p.requires_grad])
+                tokens, answers = tokens + len(logprobs), answers + 1
+                total = total - advantage * (logprobs.mean() if by_answer else logprobs.sum())
+        divisor = answers if by_answer else tokens
+        found = torch.autograd.grad(total / divisor, [p for p in model.parameters() if p.requires_grad])
         return figures, float(torch.stack([g.norm() for g in found]).norm())
 
 
-def test_the_first_update_is_reinforce_with_a_ratio_of_1(ranks, prefix, tmp_path, prompts, start):
-    options = {"optimizer__clip_grad": 0.0, "rollout__samples": 6}
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_the_first_update_is_reinforce_with_a_ratio_of_1(ranks, prefix, tmp_path, prompts, start, aggregation):
+    options = {"optimizer__clip_grad": 0.0, "rollout__samples": 6, "policy__aggregation": aggregation}
     settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **options)
     figures, expected = ranks.run(1, gradient_by_hand, settings)[0]
     assert (figures["ratio"], figures["ratio_max"], figures["clip_share"], figures["kl"]) == (1, 1, 0, 0)
@@ -243,8 +247,16 @@ def test_prompts_that_are_too_long_are_told(ranks, prefix, tmp_path, start):
     path = Path(make_prompts(tmp_path / "p.jsonl", 5))
     long = Prompt(id="long", task="asr", messages=[{"role": "user", "content": "x y " * 90}], target="", reference="")
     path.write_bytes(path.read_bytes() + long.to_line() + b"\n")
-    settings = rl_config(prefix, [str(path)], tmp_path / "run", checkpoint__load=start, train__steps=2)
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}Q: {{ m.content }}{% endfor %}{% if add_generation_prompt %} A:{% endif %}"
+    )
+    options = {"train__steps": 2, "data__template": str(template)}
+    settings = rl_config(prefix, [str(path)], tmp_path / "run", checkpoint__load=start, **options)
     rows = run_rl(ranks, 1, settings)
     rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
     assert {line["id"] for line in rejects} == {"long"} and {line["reason"] for line in rejects} == {"too_long"}
     assert rows[-1]["consumed_samples"] == 8 + len(rejects)
+    (line, *_) = read_rollouts(tmp_path / "run", 1)
+    text = Tokenizer(prefix + ".tokenizer.json").decode(line["prompt_ids"])
+    assert text.startswith("Q: ") and text.endswith(" A:"), "written by data.template"

@@ -22,6 +22,7 @@ from megatron_ptrl.config.run import (
     RunConfig,
 )
 from megatron_ptrl.config.score import ScoreConfig, SelectConfig
+from megatron_ptrl.config.sft import ChatDataConfig, SFTConfig, SFTTrainConfig
 from megatron_ptrl.config.think import ExecutorConfig, SamplingConfig, ServerConfig, ThinkConfig
 from megatron_ptrl.config.tools import DoctorConfig, ReportConfig, TokenizeConfig
 
@@ -29,6 +30,7 @@ __all__ = [
     "DEFAULT_CHUNK_TOKENS",
     "DEFAULT_TOP_K",
     "AssembleConfig",
+    "ChatDataConfig",
     "CheckpointConfig",
     "DataConfig",
     "DoctorConfig",
@@ -53,6 +55,8 @@ __all__ = [
     "RolloutServerConfig",
     "RowsConfig",
     "RunConfig",
+    "SFTConfig",
+    "SFTTrainConfig",
     "SampleConfig",
     "SamplingConfig",
     "ScoreConfig",

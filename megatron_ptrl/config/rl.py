@@ -27,6 +27,17 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptRowsConfig(RowsConfig):
+    """How prompts become tokens, and how responses share rows with them."""
+
+    template: str = "plain"
+    """How turns are written: `plain`, or the chat template of a Hugging Face model, its tokenizer_config.json or
+    .jinja file; that of the cold start. Then data.eod_token has to be the token that ends a response."""
+    isolate_documents: bool = True
+    """Responses that share a row do not see one another; there is no other way here."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How prompts are answered."""
 
@@ -105,7 +116,7 @@ class RLConfig(RunConfig):
 
     run_dir: str = "runs/rl"
     """Everything of the run: config.yaml, metrics.jsonl, log.txt, checkpoints/, rollouts/, rejects.jsonl, plots/."""
-    data: RowsConfig = field(default_factory=lambda: RowsConfig(isolate_documents=True))
+    data: PromptRowsConfig = field(default_factory=PromptRowsConfig)
     loss: LossConfig = field(default_factory=lambda: LossConfig(top_k=1))
     """How log-probabilities are computed; nothing is shaped."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

@@ -1,7 +1,7 @@
 """What every training run has: how text becomes rows, the optimizer, the pace, what is kept and shown."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_ptrl.config.checks import require
 from megatron_ptrl.config.loss import LossConfig
@@ -74,6 +74,8 @@ class OptimizerConfig:
 class PaceConfig:
     """How long, how much at once, how precisely."""
 
+    _LEAST_STEPS: ClassVar[int] = 1
+
     steps: int = 100
     """Optimizer steps of the whole run."""
     micro_batch: int = 4
@@ -84,8 +86,8 @@ class PaceConfig:
     """Seed of the weights, the data order and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "micro_batch"):
-            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; expected >= 1")
+        for name, least in (("steps", self._LEAST_STEPS), ("micro_batch", 1)):
+            require(getattr(self, name) >= least, f"train.{name} is {getattr(self, name)}; expected >= {least}")
         require(self.seed >= 0, f"train.seed is {self.seed}; expected >= 0")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy
 import torch
@@ -42,6 +42,17 @@ SURPLUS = 0.005
 # More training tokens than this do not change a unigram distribution.
 UNIGRAM_TOKENS = 100_000_000
 UNIGRAM_CHUNK = 1 << 22
+
+
+class Rows(Protocol):
+    """Samples by their number; each a batch without the dimension `b`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -194,7 +205,7 @@ def _until_exhausted(weights: list[float], lengths: list[int], samples: int) -> 
 
 
 def microbatches(
-    samples: Samples,
+    samples: Rows,
     *,
     first_sample: int,
     end_sample: int,
@@ -227,7 +238,7 @@ def microbatches(
     return _prefetched(batches)
 
 
-def _collate(samples: Samples, begin: int, end: int, end_sample: int, pin_memory: bool) -> Batch:
+def _collate(samples: Rows, begin: int, end: int, end_sample: int, pin_memory: bool) -> Batch:
     # A filler repeats the last sample: its values are ordinary, so only the loss mask tells it apart.
     rows = [samples[min(sample, end_sample - 1)] for sample in range(begin, end)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in (*BATCH_KEYS, *EXTRA_KEYS) if key in rows[0]}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 from megatron.core.datasets import helpers
 
-from megatron_ptrl.data.chat import ChatTemplate
+from megatron_ptrl.data.chat import ChatTemplate, encode_prompt
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.records import Prompt
@@ -99,7 +99,7 @@ class PromptSource:
         where = f"{path}:{line + 1} (blank lines not counted)"
         try:
             prompt = Prompt.from_json(content, where)
-            ids = self._tokenizer.encode(self._template.render(prompt.messages, ask=True))
+            ids = encode_prompt(self._template, self._tokenizer, prompt.messages).tolist()
         except (InputError, KeyError, TypeError) as error:
             return {"place": place, "where": where, "reason": "unreadable", "detail": str(error)}
         if not 0 < len(ids) <= self._max_tokens:

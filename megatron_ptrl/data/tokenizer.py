@@ -2,11 +2,13 @@
 
 Text is only text: a document that spells the EOD token, or any other special token, gets the ids of its letters, so
 that the EOD id marks ends of documents and nothing else, and decoding gives the document back. A vocabulary that has
-the EOD token among its ordinary words can still produce it; `tokenize_stage` puts such documents aside.
+the EOD token among its ordinary words can still produce it; `tokenize_stage` puts such documents aside. Only in what a
+chat template writes, its markup, a special token's name means that token.
 
 The worker processes of `tokenize_stage` import this module, so it stays free of torch.
 """
 
+import functools
 import hashlib
 import itertools
 import os
@@ -69,11 +71,31 @@ class Tokenizer:
         """Ids of the text alone: no EOD, nothing that the tokenizer's template would add."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """(ids, lengths): the ids of all texts end to end, uint16 or int32 (`dtype`), and how many each has, int64."""
-        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str], *, markup: bool = False) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """(ids, lengths): the ids of all texts end to end, uint16 or int32 (`dtype`), and how many each has, int64.
+
+        markup: the names of special tokens mean those tokens
+        """
+        tokenizer = self._reads_markup if markup else self._tokenizer
+        encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = numpy.array([len(ids) for ids in encoded], dtype=numpy.int64)
         return numpy.fromiter(itertools.chain.from_iterable(encoded), dtype=self.dtype), lengths
+
+    def find_special(self, text: str) -> str | None:
+        """The first special token, EOD among them, that the text spells."""
+        found = self._special.search(text)
+        return found[0] if found else None
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return re.compile("|".join(re.escape(token.content) for token in added if token.special))
+
+    @functools.cached_property
+    def _reads_markup(self) -> tokenizers.Tokenizer:
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = False
+        return copy
 
     def end_of_tokens(self, text: str, tokens: int, begin: int = 0) -> int:
         """Character of `text` at which the first `tokens` tokens from `begin` on end; len(text) when it has no more.

@@ -15,7 +15,8 @@ from torch.nn import Module
 from megatron_ptrl.config import RunConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.rollout.engine import Generation, Request, check_request
-from megatron_ptrl.training.decode import Decoder, Row, generating
+from megatron_ptrl.training.decode import Decoder, Row
+from megatron_ptrl.training.generating import generating
 from megatron_ptrl.training.mcore import unwrap
 
 # Settings of a model that its cached attention does not have, and what they are without it.

@@ -102,23 +102,25 @@ class EmbeddedGenerator:
     async def _answer(self, under_way: "dict[Row, _Asked]") -> None:
         """Answer what is waiting, until nothing is; `under_way` is kept for whoever must tell of a failure."""
         from megatron_ptrl.training.decode import Decoder, Row
+        from megatron_ptrl.training.generating import generating
 
         decoder = Decoder(self.model, self._batch, self._window)
-        while self._waiting or under_way:
-            # Whoever asks in the same turn of the loop comes into the same batch.
-            await asyncio.sleep(0)
-            coming = {}
-            for asked in self._waiting[: decoder.free]:
-                settings = asked.request
-                coming[Row(asked.prompt, settings.temperature, settings.top_p, settings.seed)] = asked
-            self._waiting = self._waiting[len(coming) :]
-            under_way.update(coming)
-            decoder.admit(sorted(coming, key=lambda row: row.prompt))
-            for row in decoder.step():
-                self._look(under_way[row], row.written)
-                if under_way[row].reply.done():
-                    decoder.leave(row)
-                    del under_way[row]
+        with generating(self.model):
+            while self._waiting or under_way:
+                # Whoever asks in the same turn of the loop comes into the same batch.
+                await asyncio.sleep(0)
+                coming = {}
+                for asked in self._waiting[: decoder.free]:
+                    settings = asked.request
+                    coming[Row(asked.prompt, settings.temperature, settings.top_p, settings.seed)] = asked
+                self._waiting = self._waiting[len(coming) :]
+                under_way.update(coming)
+                decoder.admit(sorted(coming, key=lambda row: row.prompt))
+                for row in decoder.step():
+                    self._look(under_way[row], row.written)
+                    if under_way[row].reply.done():
+                        decoder.leave(row)
+                        del under_way[row]
 
     def _look(self, asked: _Asked, written: list[int]) -> None:
         """End a request with its reply, if the token that was just written behind the others says so."""

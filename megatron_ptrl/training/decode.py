@@ -8,7 +8,7 @@ neighbours, and from its own stream of uniform numbers.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.training import host
 from megatron_ptrl.training.draw import draw
 from megatron_ptrl.training.kv_cache import KVCache
 from megatron_ptrl.training.mcore import unwrap
@@ -25,7 +26,6 @@ from megatron_ptrl.training.mcore import unwrap
 # Tokens of one pass over prompts, padding included, unless a single prompt is longer.
 _PROMPT_TOKENS = 8192
 _UNIFORMS = 256
-_SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class Row:
 class Decoder:
     """Up to `slots` rows of up to `capacity` tokens. Every rank of a model-parallel group makes the same calls.
 
-    model: this rank's pipeline stage, under `generating`
+    model: this rank's pipeline stage, under `generating.generating`
 
     Cost of a step beside the forward pass: an all-gather of b x v logits over the tensor-parallel ranks; with pipeline
     stages a send of b x h between each two and a broadcast of 16 bytes a row. One stage works at a time.
@@ -180,38 +180,9 @@ class Decoder:
             gpt.set_input_tensor(hidden)
         ids = torch.tensor(tokens, device=self._device)
         # Rotary positions come from the cache; no mask, for the cache knows what each row may see.
-        output = self._model(ids, None, None, inference_context=self._cache, runtime_gather_output=True)
+        with host.undirected() if not config.num_moe_experts else contextlib.nullcontext():
+            output = self._model(ids, None, None, inference_context=self._cache, runtime_gather_output=True)
         if gpt.post_process:
             return output
         dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
         return None
-
-
-@contextlib.contextmanager
-def generating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without sequence parallelism, which could not split a single token; all as before afterwards.
-
-    Where the optimizer leaves weights to be gathered by the next forward pass, gathers them now: then collective over
-    the data-parallel ranks.
-    """
-    before: list[tuple[object, str, bool]] = []
-    for module in unwrap(model).modules():
-        for holder in (module, getattr(module, "config", None)):
-            names = [name for name in _SEQUENCE_PARALLEL if isinstance(getattr(holder, name, None), bool)]
-            before += [(holder, name, getattr(holder, name)) for name in names]
-    training = model.training
-    settings = getattr(model, "ddp_config", None)
-    hooked = settings is not None and settings.overlap_param_gather
-    model.eval()
-    if hooked:
-        model.disable_forward_pre_hook()  # type: ignore[operator]
-    try:
-        for holder, name, _ in before:
-            setattr(holder, name, False)
-        yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
-        if hooked:
-            model.enable_forward_pre_hook()  # type: ignore[operator]
-        model.train(training)

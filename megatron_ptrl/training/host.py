@@ -56,6 +56,11 @@ def active() -> bool:
     return bool(_installed)
 
 
+def undirected() -> Any:
+    """A context whose torch calls are not looked at for a CUDA device: for many small ones that name none."""
+    return torch._C.DisableTorchFunction() if active() else contextlib.nullcontext()
+
+
 class _OnHost(TorchFunctionMode):
     """Sends every torch call that names a CUDA device to the CPU."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_ptrl.config import ModelConfig, PretrainConfig, RunConfig
+from megatron_ptrl.config import ModelConfig, PretrainConfig, RunConfig, SFTConfig
 from megatron_ptrl.training.layout import Layout
 
 GIB = 1 << 30
@@ -129,19 +129,37 @@ def describe(
     reference_bytes: what `reference_memory` gives, with a reference that runs along. Offloaded, it takes what the
     activations of the run, which are not there yet when it runs, leave uncovered.
     """
-    parallel, train = config.parallel, config.train
     count = count_parameters(config.model, padded_vocab, ffn)
     memory = memory_per_rank(config, layout, count, padded_vocab)
     if reference_bytes is not None:
         covered = memory["activations"] + memory["logits"] if config.remit.offload_reference else 0.0
         memory["reference"] = max(reference_bytes - covered, 0.0)
+    passes = config.train.steps * config.train.global_batch * config.data.seq_length / data_tokens
+    rows = sampled_run(config, layout, count, padded_vocab, memory, f"{passes:.2f} passes over data.train")
+    if config.remit.weighting != "none":
+        remit = config.remit
+        setting = f"epsilon {remit.epsilon:g}" if remit.weighting == "remit" else f"keep {remit.keep:g}"
+        source = f"reference {remit.reference}" if remit.online else f"side-cars {', '.join(remit.sidecar or [])}"
+        rows["weights"] = f"{remit.weighting}, {setting}, by {remit.center}, {source}"
+    return table(rows)
+
+
+def sampled_run(
+    config: PretrainConfig | SFTConfig,
+    layout: Layout,
+    count: ParameterCount,
+    padded_vocab: int,
+    memory: dict[str, float],
+    passes: str,
+) -> dict[str, str]:
+    """The lines, by name, of a run with `global_batch` rows a step. passes: how often it sees its data, in words"""
+    parallel, train = config.parallel, config.train
     step_tokens = train.global_batch * config.data.seq_length
     total = sum(memory.values())
-    passes = train.steps * step_tokens / data_tokens
     stages = parallel.pp * (parallel.vpp or 1)
     bubble = (parallel.pp - 1) / (layout.num_microbatches * (parallel.vpp or 1) + parallel.pp - 1)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
-    rows = {
+    return {
         "parameters": f"{count.total:,} (embedding {count.embedding:,}, head {count.head:,})",
         "vocabulary": f"{padded_vocab:,} after padding",
         "ranks": f"{layout.world_size} = tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {layout.dp}, "
@@ -150,15 +168,14 @@ def describe(
         f"{layout.num_microbatches} microbatches, bubble {bubble:.1%}",
         "memory per rank": f"{total / GIB:.2f} GiB, estimated ({parts})",
         "step": f"{train.global_batch} x {config.data.seq_length} = {step_tokens:,} tokens, {train.precision}",
-        "run": f"{train.steps:,} steps, {train.steps * step_tokens:,} tokens = {passes:.2f} passes over data.train",
+        "run": f"{train.steps:,} steps, {train.steps * step_tokens:,} tokens = {passes}",
         "schedule": f"{config.optimizer.schedule}, lr {config.optimizer.lr:g} -> {config.optimizer.min_lr:g}, "
         f"warm-up {config.optimizer.warmup_steps} steps",
         "loss": f"{config.loss.impl}, beta {config.loss.beta:g}, lambda_head {config.loss.lambda_head:g}, "
         f"lambda_tail {config.loss.lambda_tail:g}, top_k {config.loss.top_k}",
     }
-    if config.remit.weighting != "none":
-        remit = config.remit
-        setting = f"epsilon {remit.epsilon:g}" if remit.weighting == "remit" else f"keep {remit.keep:g}"
-        source = f"reference {remit.reference}" if remit.online else f"side-cars {', '.join(remit.sidecar or [])}"
-        rows["weights"] = f"{remit.weighting}, {setting}, by {remit.center}, {source}"
+
+
+def table(rows: dict[str, str]) -> str:
+    """The dry run's lines, each behind its name."""
     return "\n".join(f"{name:<16} {text}" for name, text in rows.items())

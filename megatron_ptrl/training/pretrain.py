@@ -5,26 +5,21 @@
 Run it alone or under torchrun; the same command continues a run that was stopped or killed.
 """
 
-import math
 import os
-import time
 from importlib.util import find_spec
 
-import torch
-from megatron.core import parallel_state
-
 from megatron_ptrl.config import PretrainConfig
-from megatron_ptrl.data.batches import build_datasets, microbatches, unigram_cross_entropy
+from megatron_ptrl.data.batches import Samples, build_datasets, unigram_cross_entropy
 from megatron_ptrl.data.indexed import count_tokens, load_blend, resolve_tokenizer
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import layers, loop, mcore, plan
-from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.generate import generate
 from megatron_ptrl.training.layout import Layout, check_launched, check_layout
 from megatron_ptrl.training.online_reference import MANIFEST_KEY, OnlineReference, find_reference
 from megatron_ptrl.training.optimizer import check_schedule
-from megatron_ptrl.training.run import Figures, TrainingRun, on_all_ranks
+from megatron_ptrl.training.run import Figures, on_all_ranks
+from megatron_ptrl.training.sampled import SampledRun
 from megatron_ptrl.training.summary import summary
 from megatron_ptrl.training.token_log import TokenLog
 from megatron_ptrl.training.token_log import lines as token_lines
@@ -85,11 +80,12 @@ def _dry_run(config: PretrainConfig, launched: int) -> str:
     return plan.describe(config, layout, padded, mcore.ffn_size(config.model), tokens, reference_bytes)
 
 
-class Pretraining(TrainingRun):
+class Pretraining(SampledRun):
     """One run on this rank: what it is made of, and the loop over its steps."""
 
     config: PretrainConfig
-    held_out: dict[str, float]
+    train_data: Samples
+    valid_data: Samples | None
 
     def _prepare(self) -> list[str]:
         config, train = self.config, self.config.train
@@ -114,94 +110,26 @@ class Pretraining(TrainingRun):
             notes = [unused, *notes]
         return notes
 
-    def _begin(self) -> None:
-        self.batches = self._batches()
-
-    def _evaluates_at(self, step: int) -> bool:
-        every = self.config.train.eval_every
-        return every > 0 and step % every == 0
-
-    def _already_complete(self) -> None:
-        self.say(f"the run in {self.run_dir} is complete; evaluating it again")
-        self._evaluate(record=False)
-
-    def _batches(self) -> loop.Batches:
-        train = self.config.train
-        return microbatches(
-            self.train_data,
-            first_sample=self.progress.consumed_samples,
-            end_sample=train.steps * train.global_batch,
-            global_batch=train.global_batch,
-            micro_batch=train.micro_batch,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=self.layout.dp,
-            pin_memory=torch.cuda.is_available(),
-        )
-
     def _step(self) -> Figures:
-        config, start, batches = self.config, time.perf_counter(), self.batches
-        # The rate that this step uses; the scheduler then moves on to the next step's.
-        learning_rate = self._learning_rate()
         step = self.progress.step + 1
-        logs_tokens = self.weighting and (step % config.log.every == 0 or step == config.train.steps)
+        logs_tokens = step % self.config.log.every == 0 or step == self.config.train.steps
         if self.weighting and logs_tokens:
             self.weighting.log.arm()
-        num_microbatches = self.layout.num_microbatches
-        if self.reference:
-            batches = self.reference.score(batches, num_microbatches)
-        means = loop.train_step(config, self.chunks, self.optimizer, batches, num_microbatches, self.weighting)
-        self.scheduler.step(increment=config.train.global_batch)
-        self.progress = Progress(step, self.progress.consumed_samples + config.train.global_batch)
-        seconds = time.perf_counter() - start
-        tokens = config.train.global_batch * config.data.seq_length
+        figures = super()._step()
         if self.weighting and logs_tokens:
             self._record_tokens(self.weighting.log, step)
-        return self._record(
-            {
-                "step": step,
-                "consumed_samples": self.progress.consumed_samples,
-                "consumed_tokens": self.progress.consumed_samples * config.data.seq_length,
-                **means,
-                "learning_rate": learning_rate,
-                "step_seconds": seconds,
-                "tokens_per_second": tokens / seconds,
-            }
-        )
+        return figures
+
+    def _learn(self) -> Figures:
+        batches, num_microbatches = self.batches, self.layout.num_microbatches
+        if self.reference:
+            batches = self.reference.score(batches, num_microbatches)
+        return loop.train_step(self.config, self.chunks, self.optimizer, batches, num_microbatches, self.weighting)
 
     def _record_tokens(self, log: TokenLog, step: int) -> None:
         rows = log.collect(self.config.train.micro_batch, self.config.data.seq_length)
         if self.log and rows is not None:
             self.log.record_tokens(token_lines(rows, self.tokenizer, step, self.config.remit.top_tokens))
-
-    def _evaluate(self, *, record: bool = True) -> None:
-        if self.valid_data is None:
-            return
-        train, dp = self.config.train, self.layout.dp
-        samples = len(self.valid_data)
-        # The interleaved schedule takes microbatches in groups of pp; the loss mask of the surplus is zero.
-        group = self.config.parallel.pp if self.config.parallel.vpp else 1
-        rounds = -(-samples // (train.micro_batch * dp * group)) * group
-        batches = microbatches(
-            self.valid_data,
-            first_sample=0,
-            end_sample=samples,
-            global_batch=rounds * train.micro_batch * dp,
-            micro_batch=train.micro_batch,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=dp,
-            pin_memory=torch.cuda.is_available(),
-        )
-        means = loop.evaluate(self.config, self.chunks, batches, rounds)
-        figures = {f"valid_{name}": value for name, value in means.items()}
-        figures["valid_perplexity"] = math.exp(min(means["ce"], 700.0))
-        self.held_out = {"step": self.progress.step, **figures}
-        if self.log:
-            if record:
-                self.log.record(self.held_out)
-            self.say(
-                f"step {self.progress.step}: held-out ce {means['ce']:.4f}, "
-                f"perplexity {figures['valid_perplexity']:.2f}"
-            )
 
     def _finish(self, figures: dict[str, float], rates: list[float], seconds: float) -> None:
         text = self._sample()

@@ -17,7 +17,7 @@ from typing import Any
 from megatron.core import parallel_state
 
 from megatron_ptrl.config import RLConfig
-from megatron_ptrl.data.chat import PlainTemplate
+from megatron_ptrl.data.chat import make_template
 from megatron_ptrl.data.prompts import PromptSource
 from megatron_ptrl.data.rollouts import TrainedResponse, microbatches
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
@@ -81,7 +81,7 @@ def _prompts(config: RLConfig, tokenizer: Tokenizer) -> PromptSource:
         config.prompts.files,
         seed=config.train.seed,
         tokenizer=tokenizer,
-        template=PlainTemplate(),
+        template=make_template(config.data.template, tokenizer),
         max_tokens=config.data.seq_length - config.rollout.max_tokens,
     )
 
