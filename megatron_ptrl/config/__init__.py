@@ -13,6 +13,7 @@ from megatron_ptrl.config.policy import PolicyLossConfig
 from megatron_ptrl.config.pretrain import DataConfig, PretrainConfig, SampleConfig, TrainConfig
 from megatron_ptrl.config.remit import RemitConfig
 from megatron_ptrl.config.rl import PromptsConfig, RLConfig, RolloutConfig
+from megatron_ptrl.config.rollout_server import RolloutServerConfig
 from megatron_ptrl.config.run import (
     CheckpointConfig,
     LogConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "ReportConfig",
     "RewardShaping",
     "RolloutConfig",
+    "RolloutServerConfig",
     "RowsConfig",
     "RunConfig",
     "SFTConfig",

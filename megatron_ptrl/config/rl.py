@@ -7,6 +7,7 @@ from megatron_ptrl.config.checks import require
 from megatron_ptrl.config.judge import JudgeConfig
 from megatron_ptrl.config.loss import LossConfig
 from megatron_ptrl.config.policy import PolicyLossConfig
+from megatron_ptrl.config.rollout_server import RolloutServerConfig
 from megatron_ptrl.config.run import RowsConfig, RunConfig
 
 
@@ -40,8 +41,13 @@ class PromptRowsConfig(RowsConfig):
 class RolloutConfig:
     """How prompts are answered."""
 
-    engine: Literal["megatron"] = "megatron"
-    """`megatron`: the weights that are trained, in the same processes."""
+    engine: Literal["megatron", "sglang", "vllm"] = "megatron"
+    """`megatron`: the weights that are trained, in the same processes. `sglang`, `vllm`: `servers`, which are given the
+    weights before each step; their probabilities differ a little from the trainer's, for which
+    policy.importance_sampling makes up."""
+    servers: list[str] = field(default_factory=list)
+    """URLs of SGLang or vLLM servers, such as http://localhost:30000."""
+    server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
     batch: int = 64
     """Responses that a data-parallel rank writes at a time."""
     prompts: int = 512
@@ -82,6 +88,16 @@ class RolloutConfig:
             0 < self.judge_patience <= 1500,
             f"rollout.judge_patience is {self.judge_patience}; expected above 0, at most 1500 seconds: the process "
             "groups of the ranks that wait give up after 1800",
+        )
+        require(
+            bool(self.servers) == (self.engine != "megatron"),
+            f"rollout.engine is {self.engine} with {len(self.servers)} rollout.servers; expected servers with sglang "
+            "and vllm, and none with megatron",
+        )
+        require(
+            self.engine == "megatron" or self.server.deadline + self.judge_patience <= 1700,
+            f"rollout.server.deadline {self.server.deadline:g} and rollout.judge_patience {self.judge_patience:g} are "
+            "more than 1700 seconds together: the process groups of the ranks that wait give up after 1800",
         )
         require(
             self.updates <= self.prompts,

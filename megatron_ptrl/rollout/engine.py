@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from megatron_ptrl.errors import InputError
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -53,6 +55,26 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Let go of memory, connections and processes."""
+
+
+def check_request(number: int, request: Request, window: int, vocab_size: int) -> None:
+    """InputError for a request that cannot be answered.
+
+    number: its place   window: tokens of prompt and response together   vocab_size: of the tokenizer
+    """
+    prompt = request.prompt_ids
+    if not 0 < len(prompt) < window:
+        raise InputError(
+            f"request {number}: its prompt has {len(prompt)} tokens; expected 1 to {window - 1}, which leaves room for "
+            f"a response in the {window} of data.seq_length"
+        )
+    if request.max_tokens < 1:
+        raise InputError(f"request {number}: max_tokens is {request.max_tokens}; expected >= 1")
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise InputError(
+            f"request {number}: its prompt has token ids from {min(prompt)} to {max(prompt)}; expected 0 to "
+            f"{vocab_size - 1}: was it made with another tokenizer?"
+        )
 
 
 def rollout_seed(run_seed: int, prompt_index: int, rollout_index: int) -> int:

@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from megatron_ptrl.config import RunConfig
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.rollout.engine import Generation, Request
+from megatron_ptrl.rollout.engine import Generation, Request, check_request
 from megatron_ptrl.training.decode import Decoder, Row
 from megatron_ptrl.training.generating import generating
 from megatron_ptrl.training.mcore import unwrap
@@ -86,7 +86,7 @@ class MegatronEngine:
         if not temperature >= 0 or not 0 < top_p <= 1:
             raise InputError(f"temperature {temperature}, top_p {top_p}; expected temperature >= 0 and 0 < top_p <= 1")
         for number, request in enumerate(requests):
-            self._check(number, request)
+            check_request(number, request, self._window, self._vocab_size)
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
         done: dict[int, Generation] = {}
         with generating(self._chunk):
@@ -95,21 +95,6 @@ class MegatronEngine:
                 if on_done is not None:
                     on_done(number, generation)
         return [done[number] for number in range(len(requests))]
-
-    def _check(self, number: int, request: Request) -> None:
-        prompt = request.prompt_ids
-        if not 0 < len(prompt) < self._window:
-            raise InputError(
-                f"request {number}: its prompt has {len(prompt)} tokens; expected 1 to {self._window - 1}, which "
-                f"leaves room for a response in the {self._window} of data.seq_length"
-            )
-        if request.max_tokens < 1:
-            raise InputError(f"request {number}: max_tokens is {request.max_tokens}; expected >= 1")
-        if not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
-            raise InputError(
-                f"request {number}: its prompt has token ids from {min(prompt)} to {max(prompt)}; expected 0 to "
-                f"{self._vocab_size - 1}: was it made with another tokenizer?"
-            )
 
     def _run(
         self, requests: Sequence[Request], order: Iterable[int], temperature: float, top_p: float

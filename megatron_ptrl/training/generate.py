@@ -45,7 +45,13 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
 
 
 def next_logits(config: RunConfig, chunks: list[Any], written: list[int]) -> Tensor:
-    """Logits (v,) after the last token of `written`, on every rank.
+    """Logits (v,) after the last token of `written`, on every rank."""
+    return window_logits(config, chunks, written, range(len(written) - 1, len(written)))[0]
+
+
+@torch.no_grad()
+def window_logits(config: RunConfig, chunks: list[Any], written: list[int], places: range) -> Tensor:
+    """Logits (places, v) after those tokens of `written`, counted from 0, on every rank. places: without gaps
 
     The window is always seq_length long: sequence parallelism cannot split one token.
     """
@@ -61,7 +67,7 @@ def next_logits(config: RunConfig, chunks: list[Any], written: list[int]) -> Ten
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         output = model(tokens, positions, mask)
-        return output, lambda logits, non_loss_data: logits[0, len(written) - 1].clone()
+        return output, lambda logits, non_loss_data: logits[0, places.start : places.stop].clone()
 
     collected = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -78,16 +84,16 @@ def next_logits(config: RunConfig, chunks: list[Any], written: list[int]) -> Ten
 
 
 def _from_last_stage(shard: Tensor | None, device: Any) -> Tensor:
-    """The whole vocabulary's logits from the shards on the last stage. One all-gather, one broadcast."""
+    """The whole vocabulary's logits (n, v) from the last stage's shards (n, v/tp). One all-gather, three broadcasts."""
     tp_group = parallel_state.get_tensor_model_parallel_group()
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     pp_group = parallel_state.get_pipeline_model_parallel_group()
-    size = torch.tensor(0 if shard is None else shard.numel(), device=device)
+    size = torch.tensor([0, 0] if shard is None else list(shard.shape), device=device)
     dist.broadcast(size, src=last, group=pp_group)
-    mine = torch.zeros(int(size), device=device) if shard is None else shard.float().contiguous()
+    mine = torch.zeros(size.tolist(), device=device) if shard is None else shard.float().contiguous()
     dist.broadcast(mine, src=last, group=pp_group)
     shards = [torch.empty_like(mine) for _ in range(tp_group.size())]
     dist.all_gather(shards, mine, group=tp_group)
-    whole = torch.cat(shards)
+    whole = torch.cat(shards, -1)
     dist.broadcast(whole, src=0)
     return whole

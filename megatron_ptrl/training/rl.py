@@ -23,11 +23,12 @@ from megatron_ptrl.data.rollouts import TrainedResponse, microbatches
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.rollout.engine import RolloutEngine
-from megatron_ptrl.rollout.megatron_engine import MegatronEngine, check_can_generate
 from megatron_ptrl.rollout.rewards import make_rewarder
 from megatron_ptrl.training import checkpoint, layers, mcore, policy_step, rl_plan, rollout_figures, rollout_files
 from megatron_ptrl.training.checkpoint import Progress
+from megatron_ptrl.training.engines import check_engine, make_engine
 from megatron_ptrl.training.frozen import load_frozen_model
+from megatron_ptrl.training.hf_export import export_hf
 from megatron_ptrl.training.layout import Layout, check_launched, check_layout
 from megatron_ptrl.training.optimizer import check_schedule
 from megatron_ptrl.training.resume import check_same_model, find_source
@@ -57,8 +58,7 @@ def check(config: RLConfig, world_size: int) -> tuple[Layout, Tokenizer]:
     layers.check_supported(config)
     mcore.transformer_config(config)
     check_schedule(config)
-    if config.rollout.engine == "megatron":
-        check_can_generate(config)
+    check_engine(config)
     if not config.prompts.files:
         raise InputError("prompts.files is empty; expected prompt files, as `ptrl segment` writes them")
     if config.data.tokenizer is None:
@@ -128,9 +128,8 @@ class Reinforcement(TrainingRun):
             self.say("judge.kind is lexical: it compares characters and understands nothing; for smoke runs")
 
     def _make_engine(self) -> RolloutEngine:
-        config = self.config
-        vocab_size, eod = self.tokenizer.vocab_size, self.tokenizer.eod
-        return MegatronEngine(config, self.chunks, eod=eod, vocab_size=vocab_size, batch=config.rollout.batch)
+        (first,), _, _ = self.prompts.take(0, 1)
+        return make_engine(self.config, self.chunks, self.tokenizer, first.ids)
 
     def _make_rewarder(self) -> Judging:
         return make_rewarder(self.config.judge)
@@ -242,7 +241,7 @@ class Reinforcement(TrainingRun):
         return {**figures, "updates": float(len(parts))}
 
     def _export(self, folder: Path) -> None:
-        raise InputError(f"rollout.engine {self.config.rollout.engine}: there is no export of weights to {folder} yet")
+        export_hf(self.config, self.chunks, self.tokenizer, folder)
 
     def _save(self) -> None:
         start = time.perf_counter()
