@@ -144,7 +144,8 @@ class Reinforcement(TrainingRun):
         config, start = self.config, time.perf_counter()
         learning_rate, step = self._learning_rate(), self.progress.step + 1
         mcore.gather_weights(self.chunks)
-        self.engine.sync(self.progress.step, self._export)
+        if config.rollout.replay is None:
+            self.engine.sync(self.progress.step, self._export)
         found = self._collect(step)
         collected = time.perf_counter()
         advantages = [group.advantages(normalize_std=config.policy.normalize_std) for group in found.groups]
