@@ -104,6 +104,36 @@ def test_a_replay_learns_the_same_without_generating(ranks, prefix, tmp_path, pr
         run_rl(ranks, 1, other)
 
 
+DAMAGED = {
+    "a number that is none": ({"logprobs": [None]}, "tokens and 0 finite log-probabilities; expected at least one"),
+    "no tokens": ({"token_ids": [], "logprobs": []}, "0 tokens and 0 finite log-probabilities"),
+    "a list of another kind": ({"token_ids": "abc"}, "expected lines as ptrl rl dumps them"),
+    "no such field": ({"reward": ...}, "a line has no 'reward'"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_replay_is_refused(tmp_path, name):
+    from megatron_ptrl.data.prompts import PlacedPrompt
+    from megatron_ptrl.errors import InputError
+    from megatron_ptrl.training import rollout_files
+    from megatron_ptrl.training.rollouts import Group, Response, Round
+
+    prompt = Prompt(id="p", task="asr", messages=[], target="", reference="")
+    placed = PlacedPrompt(0, prompt, [1, 2])
+    judgement = Judgement(reward=1.0, reason="judged", prediction="x", seconds=0.0)
+    response = Response(torch.tensor([3]).numpy(), torch.tensor([-0.5]).numpy(), "stop", judgement)
+    found = Round([Group(placed, [response], 0)], next_place=1, passes=1)
+    assert rollout_files.write(tmp_path, 1, found, [[0.0]], str) is None
+    assert rollout_files.read(tmp_path, 1, lambda place: placed).groups[0].responses[0].judgement == judgement
+    first, last = rollout_files.path_of(tmp_path, 1).read_text().splitlines()
+    changes, message = DAMAGED[name]
+    line = {key: value for key, value in (json.loads(first) | changes).items() if value is not ...}
+    rollout_files.path_of(tmp_path, 1).write_text(f"{json.dumps(line)}\n{last}\n")
+    with pytest.raises(InputError, match=message):
+        rollout_files.read(tmp_path, 1, lambda place: placed)
+
+
 class Unasked(Letters):
     def judge(self, prompt: Prompt, response: str) -> Judgement:
         raise AssertionError("a replay brings its rewards along")
@@ -219,7 +249,8 @@ def test_a_full_disk_costs_the_dump_and_nothing_else(ranks, prefix, tmp_path, pr
     rows = run_rl(ranks, 1, settings)
     assert len(rows) == 2 and rows[1]["updates"] == 1
     assert "step 1: its responses were not written" in (tmp_path / "run" / "log.txt").read_text()
-    assert [path.name for path in (tmp_path / "run" / "rollouts").glob("*.jsonl")] == ["step_00000002.jsonl"]
+    # Not a part of the file either, which would keep the disk full.
+    assert [path.name for path in (tmp_path / "run" / "rollouts").iterdir()] == ["step_00000002.jsonl"]
 
 
 def poisoned(rank: int, world_size: int, settings: Settings) -> str:
