@@ -47,6 +47,29 @@ def test_tokens_as_probable_as_the_last_of_a_nucleus_belong_to_it():
     assert math.isclose(sum(map(math.exp, logprob.values())), 1, abs_tol=1e-6)
 
 
+@pytest.mark.parametrize("temperature, top_p", [(1, 1), (2, 1), (0, 1), (1, 0.5), (1, 1e-9)])
+def test_padding_is_in_the_softmax_and_never_drawn(temperature, top_p):
+    from megatron_ptrl.training.draw import draw
+
+    # Two of four columns are padding, one of them more probable than any token, as a model without training has it.
+    sharp = torch.tensor([0.2, 0.3, 0.5, 0.1], dtype=torch.float64) ** (1 / max(temperature, 1))
+    uniform = (torch.arange(COUNT, dtype=torch.float64) + 0.5) / COUNT
+    ones = torch.ones(COUNT, dtype=torch.float64)
+    logits = (max(temperature, 1) * sharp.log() + 3).float().expand(COUNT, -1)
+    token, logprob = draw(logits, ones * temperature, ones * top_p, uniform, vocab_size=2)
+    often = Counter(token.tolist())
+    if temperature == 0:
+        assert set(often) == {1} and set(logprob.tolist()) == {0.0}
+    elif top_p == 1:
+        assert often[1] / COUNT == pytest.approx(float(sharp[1] / sharp[:2].sum()), abs=2 / COUNT)
+        expected = (sharp / sharp.sum()).log()[token].double()
+        torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-6)
+    else:
+        # The nucleus of the tokens is token 1, and padding that is as probable is in the sum.
+        assert set(often) == {1}
+        torch.testing.assert_close(logprob.exp(), torch.full_like(logprob, 0.3 / 0.8), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
 def test_a_nucleus_of_a_large_vocabulary_is_found_whatever_its_size(top_p):
     logits = torch.randn(3000, generator=torch.Generator().manual_seed(0))

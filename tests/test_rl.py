@@ -26,6 +26,8 @@ WHOLE = {
     "rollout__resample": 1,
     "train__steps": STEPS,
 }
+# 640 columns for 512 tokens: padding must not move a figure.
+PADDED = {"model__make_vocab_size_divisible_by": 640}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp 2, sequence parallel": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
     "pp 2": (2, {"parallel__pp": 2}),
@@ -44,9 +46,14 @@ TOLERANCES |= {"grad_norm": 1e-3, "updates": 0.0, "response_tokens_mean": 0.0, "
 @pytest.fixture(scope="module")
 def start(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Run directory of a model that has seen a little text."""
-    settings = tiny_config(prefix, tmp_path_factory.mktemp("start") / "run", train__steps=8, optimizer__lr=5e-3)
+    settings = tiny_config(prefix, tmp_path_factory.mktemp("start") / "run", train__steps=8, **PADDED)
+    settings["optimizer.lr"] = 5e-3
     run_tiny(ranks, 1, settings)
     return str(settings["run_dir"])
+
+
+def padded_config(*arguments: Any, **overrides: Any) -> Settings:
+    return rl_config(*arguments, **PADDED, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[str | float]:
 def alone(ranks: Ranks, prefix: str, prompts: list, start: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of the finished run that all others are held against: one rank, microbatches of 2."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    settings = rl_config(prefix, prompts, run_dir, checkpoint__load=start, **WHOLE)
+    settings = padded_config(prefix, prompts, run_dir, checkpoint__load=start, **WHOLE)
     run_rl(ranks, 1, settings)
     return settings
 
@@ -82,7 +89,7 @@ def test_the_run_uses_every_part_of_the_loss(alone):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_draws_and_learns_alike(ranks, prefix, tmp_path, prompts, start, alone, name):
     world_size, layout = LAYOUTS[name]
-    settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **{**WHOLE, **layout})
+    settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **{**WHOLE, **layout})
     rows = run_rl(ranks, world_size, settings)
     assert drawn(tmp_path / "run", STEPS) == drawn(alone["run_dir"], STEPS)
     assert_close_metrics(rows, read_rl_metrics(alone["run_dir"]), TOLERANCES)
@@ -90,11 +97,41 @@ def test_every_layout_draws_and_learns_alike(ranks, prefix, tmp_path, prompts, s
 
 def test_a_replay_learns_the_same_without_generating(ranks, prefix, tmp_path, prompts, start, alone):
     replay = {"rollout__replay": str(Path(alone["run_dir"]) / "rollouts")}
-    settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **WHOLE, **replay)
+    settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **WHOLE, **replay)
     assert run_rl(ranks, 1, settings, Unasked()) == read_rl_metrics(alone["run_dir"])
     other = settings | {"run_dir": str(tmp_path / "other"), "train.seed": 7}
     with pytest.raises(AssertionError, match="has another prompt at place"):
         run_rl(ranks, 1, other)
+
+
+DAMAGED = {
+    "a number that is none": ({"logprobs": [None]}, "tokens and 0 finite log-probabilities; expected at least one"),
+    "no tokens": ({"token_ids": [], "logprobs": []}, "0 tokens and 0 finite log-probabilities"),
+    "a list of another kind": ({"token_ids": "abc"}, "expected lines as ptrl rl dumps them"),
+    "no such field": ({"reward": ...}, "a line has no 'reward'"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_replay_is_refused(tmp_path, name):
+    from megatron_ptrl.data.prompts import PlacedPrompt
+    from megatron_ptrl.errors import InputError
+    from megatron_ptrl.training import rollout_files
+    from megatron_ptrl.training.rollouts import Group, Response, Round
+
+    prompt = Prompt(id="p", task="asr", messages=[], target="", reference="")
+    placed = PlacedPrompt(0, prompt, [1, 2])
+    judgement = Judgement(reward=1.0, reason="judged", prediction="x", seconds=0.0)
+    response = Response(torch.tensor([3]).numpy(), torch.tensor([-0.5]).numpy(), "stop", judgement)
+    found = Round([Group(placed, [response], 0)], next_place=1, passes=1)
+    assert rollout_files.write(tmp_path, 1, found, [[0.0]], str) is None
+    assert rollout_files.read(tmp_path, 1, lambda place: placed).groups[0].responses[0].judgement == judgement
+    first, last = rollout_files.path_of(tmp_path, 1).read_text().splitlines()
+    changes, message = DAMAGED[name]
+    line = {key: value for key, value in (json.loads(first) | changes).items() if value is not ...}
+    rollout_files.path_of(tmp_path, 1).write_text(f"{json.dumps(line)}\n{last}\n")
+    with pytest.raises(InputError, match=message):
+        rollout_files.read(tmp_path, 1, lambda place: placed)
 
 
 class Unasked(Letters):
@@ -139,7 +176,7 @@ def gradient_by_hand(rank: int, world_size: int, settings: Settings) -> tuple[Me
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_the_first_update_is_reinforce_with_a_ratio_of_1(ranks, prefix, tmp_path, prompts, start, aggregation):
     options = {"optimizer__clip_grad": 0.0, "rollout__samples": 6, "policy__aggregation": aggregation}
-    settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **options)
+    settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **options)
     figures, expected = ranks.run(1, gradient_by_hand, settings)[0]
     assert (figures["ratio"], figures["ratio_max"], figures["clip_share"], figures["kl"]) == (1, 1, 0, 0)
     assert abs(figures["loss"]) < 1 and expected > 0.1
@@ -161,7 +198,7 @@ class Unreliable(Letters):
 
 
 def test_what_could_not_be_judged_is_in_nothing(ranks, prefix, tmp_path, prompts, start):
-    settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, train__steps=1)
+    settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, train__steps=1)
     settings |= {"rollout.max_unjudged": 0.5, "rollout.batch": 1}
     (row,) = run_rl(ranks, 1, settings, Unreliable())
     lines = read_rollouts(tmp_path / "run", 1)
@@ -186,7 +223,7 @@ class Generous(Letters):
 
 
 def test_a_step_without_any_difference_leaves_the_weights_alone(ranks, prefix, tmp_path, prompts, start):
-    settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, rollout__resample=2)
+    settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, rollout__resample=2)
     rows = run_rl(ranks, 1, settings, Generous())
     assert [row["updates"] for row in rows] == [0.0] * 3 and rows[-1]["consumed_samples"] == 3 * 3 * 4
     assert all(row["all_right_share"] == 1 and row["num_tokens"] == 0 and row["passes"] == 3 for row in rows)
@@ -197,7 +234,7 @@ def test_a_step_without_any_difference_leaves_the_weights_alone(ranks, prefix, t
 
 
 def test_truncated_responses_can_be_left_out(ranks, prefix, tmp_path, prompts, start):
-    settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, train__steps=1)
+    settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, train__steps=1)
     (row,) = run_rl(ranks, 1, settings | {"rollout.mask_truncated": True})
     lines = read_rollouts(tmp_path / "run", 1)
     assert row["truncated_share"] == sum(line["finish_reason"] == "length" for line in lines) / 16
@@ -206,13 +243,14 @@ def test_truncated_responses_can_be_left_out(ranks, prefix, tmp_path, prompts, s
 
 
 def test_a_full_disk_costs_the_dump_and_nothing_else(ranks, prefix, tmp_path, prompts, start):
-    settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, train__steps=2)
+    settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, train__steps=2)
     (tmp_path / "run" / "rollouts").mkdir(parents=True)
     (tmp_path / "run" / "rollouts" / ".step_00000001.jsonl.partial").symlink_to("/dev/full")
     rows = run_rl(ranks, 1, settings)
     assert len(rows) == 2 and rows[1]["updates"] == 1
     assert "step 1: its responses were not written" in (tmp_path / "run" / "log.txt").read_text()
-    assert [path.name for path in (tmp_path / "run" / "rollouts").glob("*.jsonl")] == ["step_00000002.jsonl"]
+    # Not a part of the file either, which would keep the disk full.
+    assert [path.name for path in (tmp_path / "run" / "rollouts").iterdir()] == ["step_00000002.jsonl"]
 
 
 def poisoned(rank: int, world_size: int, settings: Settings) -> str:
@@ -237,7 +275,7 @@ def poisoned(rank: int, world_size: int, settings: Settings) -> str:
 
 
 def test_log_probabilities_that_are_not_finite_are_refused(ranks, prefix, tmp_path, prompts, start):
-    settings = rl_config(prefix, prompts, tmp_path / "run", checkpoint__load=start)
+    settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start)
     told = ranks.run(1, poisoned, settings)[0]
     assert "by the broken engine: the log-probability of token 1 is nan; expected a finite number" in told
     assert "\n" not in told and not (tmp_path / "run" / "checkpoints").exists()
@@ -252,7 +290,7 @@ def test_prompts_that_are_too_long_are_told(ranks, prefix, tmp_path, start):
         "{% for m in messages %}Q: {{ m.content }}{% endfor %}{% if add_generation_prompt %} A:{% endif %}"
     )
     options = {"train__steps": 2, "data__template": str(template)}
-    settings = rl_config(prefix, [str(path)], tmp_path / "run", checkpoint__load=start, **options)
+    settings = padded_config(prefix, [str(path)], tmp_path / "run", checkpoint__load=start, **options)
     rows = run_rl(ranks, 1, settings)
     rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
     assert {line["id"] for line in rejects} == {"long"} and {line["reason"] for line in rejects} == {"too_long"}

@@ -26,7 +26,8 @@ class Generation:
     token_ids: list[int]
     """Without the prompt, the end-of-document token that ended it included."""
     logprobs: list[float]
-    """Of each of them, in nats, under the distribution that it was drawn from."""
+    """Of each of them, in nats, under the distribution that it was drawn from; the columns that pad a vocabulary count
+    as in the trainer's softmax."""
     finish_reason: str
     """"stop", or "length" for one that was cut off."""
 

@@ -113,7 +113,9 @@ class Decoder:
         if logits is not None:
             asked = [(row.temperature, row.top_p, row.next_uniform()) for row in rows]
             settings = torch.tensor(asked, dtype=torch.float64, device=self._device)
-            token, logprob = draw(logits[:, -1, : self._gpt.num_tokens_in_vocabulary], *settings.unbind(1))
+            temperature, top_p, uniform = settings.unbind(1)
+            vocab_size = self._gpt.num_tokens_in_vocabulary
+            token, logprob = draw(logits[:, -1], temperature, top_p, uniform, vocab_size)
             drawn[0], drawn[1] = token, logprob
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()

@@ -7,31 +7,38 @@ from torch import Tensor
 _NUCLEUS = 256
 
 
-def draw(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The next token of each row, (b,) int64, and its log-probability, (b,) float64, in nats.
 
     logits: (b, v)   temperature, top_p, uniform: (b,) float64, uniform in [0, 1)
+    vocab_size: real tokens, where the columns behind them pad the vocabulary to v
 
     p = softmax(logits / temperature) over the most probable tokens whose mass reaches top_p, those included that are as
     probable as the last of them; the log-probability is that of p. Temperature 0 is the argmax, with probability 1.
     The token is where `uniform` falls among the running sums of p, so that a row's draw follows from its own numbers,
     and rounding moves it only at an edge.
 
+    Padding is never drawn and stays in the softmax, as it does where the loss is computed: a log-probability must
+    be comparable with the trainer's, to which the padding's share, tiny in a trained model, belongs.
+
     Cost: a pass of b v exponentials and sums; with a top_p below 1, the largest 256 logits, or a sort where a nucleus
     is larger.
     """
+    tokens = logits.shape[-1] if vocab_size is None else vocab_size
     greedy = temperature == 0
     scaled = logits.float() / temperature.where(~greedy, 1.0).float()[:, None]
     top = scaled.amax(-1, keepdim=True)
     weight = (scaled - top).exp_()
     if bool((top_p < 1).any()):
-        weight = weight.where(weight >= _smallest(weight, top_p)[:, None], 0.0)
+        weight = weight.where(weight >= _smallest(weight[:, :tokens], top_p)[:, None], 0.0)
     # fp64: a running sum over a whole vocabulary in fp32 is off by more than its rare tokens.
     until = weight.cumsum(-1, dtype=torch.float64)
-    total = until[:, -1:]
-    token = torch.searchsorted(until, uniform[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
-    logprob = (scaled - top).gather(-1, token).double() - total.log()
-    token = token[:, 0].where(~greedy, logits.argmax(-1))
+    mark = uniform[:, None] * until[:, tokens - 1 : tokens]
+    token = torch.searchsorted(until, mark, right=True).clamp(max=tokens - 1)
+    logprob = (scaled - top).gather(-1, token).double() - until[:, -1:].log()
+    token = token[:, 0].where(~greedy, logits[:, :tokens].argmax(-1))
     # Not 0 at once for the argmax, so that logits which are not finite show.
     return token, logprob[:, 0].where(~greedy, logprob[:, 0] * 0)
 

@@ -152,7 +152,7 @@ class Reinforcement(TrainingRun):
         self._write(step, found, [values.tolist() for values in advantages])
         parts = self._parts(found)
         packed = time.perf_counter()
-        trained = self._update(parts)
+        trained = self._update(found, parts)
         self.scheduler.step(increment=1)
         tokens = rollout_figures.tokens(found)
         self.progress = Progress(step, found.next_place, self.progress.consumed_tokens + tokens)
@@ -218,12 +218,14 @@ class Reinforcement(TrainingRun):
             if valid and not (config.rollout.mask_truncated and response.truncated)
         ]
 
-    def _update(self, parts: list[list[Any]]) -> Figures:
+    def _update(self, found: Round, parts: list[list[Any]]) -> Figures:
         """The optimizer steps; the figures of the last one, or what a step without anything to learn has."""
         config = self.config
         parts = [batches for batches in parts if batches]
         if not parts:
-            self.say(f"step {self.progress.step + 1}: all groups have equal rewards, so the weights stay as they are")
+            left = found.trained(drop_equal=config.rollout.drop_equal_groups)
+            why = "every response that could teach anything was cut off" if left else "all groups have equal rewards"
+            self.say(f"step {self.progress.step + 1}: {why}, so the weights stay as they are")
             return {"num_tokens": 0.0, "loss": 0.0, "grad_norm": 0.0, "updates": 0.0}
         if len(parts) > 1:
             for batches in parts:

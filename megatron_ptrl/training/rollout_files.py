@@ -4,6 +4,7 @@ One line for each response: what `Rollout` and `Judgement` hold, the prompt's pl
 advantage.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -44,6 +45,9 @@ def write(
             stream.write(to_line({**whole, "responses": sum(len(group.responses) for group in found.groups)}) + b"\n")
         os.replace(partial, path)
     except OSError as error:
+        # A part would keep the disk full, and the next step's would be one more.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         return f"step {step}: its responses were not written to {path}: {error.strerror or error}; training goes on"
     return None
 
@@ -80,11 +84,15 @@ def read(folder: Path, step: int, at: Callable[[int], PlacedPrompt]) -> Round:
         raise InputError(f"rollout.replay: {path} is not JSON lines: {error}") from error
     if not lines or lines[-1].get("responses") != len(lines) - 1:
         raise InputError(f"rollout.replay: {path} is cut off; expected its last line to say how many responses it has")
-    by_place: dict[int, list[dict[str, Any]]] = {}
-    for line in lines[:-1]:
-        by_place.setdefault(line["place"], []).append(line)
-    groups = [_group(path, at(place), group) for place, group in by_place.items()]
-    return Round(groups, next_place=lines[-1]["next_place"], passes=lines[-1]["passes"])
+    try:
+        by_place: dict[int, list[dict[str, Any]]] = {}
+        for line in lines[:-1]:
+            by_place.setdefault(line["place"], []).append(line)
+        groups = [_group(path, at(place), group) for place, group in by_place.items()]
+        return Round(groups, next_place=lines[-1]["next_place"], passes=lines[-1]["passes"])
+    except (KeyError, TypeError, ValueError) as error:
+        told = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"rollout.replay: {path}: a line {told}; expected lines as ptrl rl dumps them") from error
 
 
 def _group(path: Path, placed: PlacedPrompt, lines: list[dict[str, Any]]) -> Group:
@@ -93,13 +101,17 @@ def _group(path: Path, placed: PlacedPrompt, lines: list[dict[str, Any]]) -> Gro
             f"rollout.replay: {path} has another prompt at place {placed.place} than prompts.files; replay with the "
             "files, seed and tokenizer that it was written with"
         )
-    responses = [
-        Response(
-            numpy.array(line["token_ids"], numpy.int32),
-            numpy.array(line["logprobs"], numpy.float32),
-            line["finish_reason"],
-            Judgement(**{field.name: line[field.name] for field in dataclasses.fields(Judgement)}),
+    return Group(placed, [_response(path, placed, line) for line in lines], lines[0]["weight_version"])
+
+
+def _response(path: Path, placed: PlacedPrompt, line: dict[str, Any]) -> Response:
+    # A dump has null for what is no number, and that is NaN here.
+    logprobs = numpy.array(line["logprobs"], numpy.float32)
+    ids = numpy.array(line["token_ids"], numpy.int32)
+    judgement = Judgement(**{field.name: line[field.name] for field in dataclasses.fields(Judgement)})
+    if not len(ids) or len(ids) != len(logprobs) or not numpy.isfinite(logprobs).all():
+        raise InputError(
+            f"rollout.replay: {path}, place {placed.place}, response {line['index']}: {len(ids)} tokens and "
+            f"{int(numpy.isfinite(logprobs).sum())} finite log-probabilities; expected at least one token, and as many"
         )
-        for line in lines
-    ]
-    return Group(placed, responses, lines[0]["weight_version"])
+    return Response(ids, logprobs, line["finish_reason"], judgement)

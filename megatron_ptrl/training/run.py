@@ -18,7 +18,7 @@ import yaml
 from megatron_ptrl.config import RunConfig
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.training import checkpoint, mcore
+from megatron_ptrl.training import checkpoint, mcore, run_lock
 from megatron_ptrl.training.layout import Layout
 from megatron_ptrl.training.optimizer import build_optimizer, build_scheduler
 from megatron_ptrl.training.resume import describe, model_fields, restore
@@ -49,6 +49,7 @@ class TrainingRun:
         self.layout, self.tokenizer = layout, tokenizer
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
+        self._lock = run_lock.take(self.run_dir)
         self.about = describe(config, tokenizer)
         prepared = self._prepare()
         self.chunks = mcore.build_model(config, tokenizer.vocab_size)
@@ -92,6 +93,8 @@ class TrainingRun:
             self._run()
         finally:
             self._close()
+            if self._lock:
+                self._lock.close()
 
     def _run(self) -> None:
         config, start = self.config, time.perf_counter()
