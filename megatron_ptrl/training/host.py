@@ -8,12 +8,13 @@ refuses. What it changes, all of it in this file:
     `torch.cuda.is_available()` stays False;
   - Megatron's random-number tracker keeps the CPU generator's state, its inference communication takes CPU tensors,
     and its norm of the gradient is summed in fp64;
-  - gloo's process groups share one device, so one thread that looks for messages.
+  - gloo's process groups share devices, so that fewer threads look for messages.
 The redirection is per thread: a thread that Megatron starts by itself does not have it.
 """
 
 import contextlib
 import importlib
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+SHARED_DEVICES = 16
 _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
 
@@ -183,26 +185,30 @@ def _patch_megatron() -> None:
 
 
 def _patch_gloo() -> None:
-    """One gloo device for all process groups of this process that are made from now on.
+    """Let gloo's process groups that are made from now on share devices: those of one rank one, the others 16.
 
     Each would have its own, with a thread that wakes a hundred times a second: Megatron's 80 groups keep 6 % of a core
-    busy in every rank that waits.
+    busy in every rank that waits. One device for all of them would make their collectives wait for one another.
     """
     from torch._C._distributed_c10d import ProcessGroupGloo
 
     group: Any = ProcessGroupGloo
     make = group.__init__
-    devices: list[Any] = []
+    devices: list[list[Any]] = []
+    turn = itertools.count()
+
+    def new_devices() -> list[Any]:
+        interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+        return [group.create_device(interface=name) for name in interfaces] or [group.create_default_device()]
 
     def init(self: Any, store: Any, rank: int, size: int, *args: Any, **kwargs: Any) -> None:
         if args or set(kwargs) != {"timeout"}:
             return make(self, store, rank, size, *args, **kwargs)
-        if not devices:
-            interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-            devices.extend(group.create_device(interface=name) for name in interfaces)
-            devices.extend([] if interfaces else [group.create_default_device()])
+        place = 1 + next(turn) % SHARED_DEVICES if size > 1 else 0
+        while len(devices) <= place:
+            devices.append(new_devices())
         options = group._Options()
-        options._devices, options._timeout = devices, kwargs["timeout"]
+        options._devices, options._timeout = devices[place], kwargs["timeout"]
         make(self, store, rank, size, options)
 
     group.__init__ = init
