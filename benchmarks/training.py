@@ -1,8 +1,9 @@
 """A training step with the reward-shaped loss against the same step with Megatron-Core's own cross entropy, and ReMiT's
 against the reward-shaped one: with the reference's log-probabilities in the batch, where a thread puts those of a
-side-car, and with a reference of equal size that goes over the batch first.
+side-car, and with a reference of equal size that goes over the batch first. And what `ptrl rl` does once its responses
+are judged, packing them and one step on them, against a step of pre-training on as many tokens.
 
-    python benchmarks/training.py [--vocab 32768] [--steps 10] [--output FILE.json]
+    python benchmarks/training.py [--vocab 32768] [--steps 10] [--processor_time] [--output FILE.json]
     torchrun --nproc-per-node 2 benchmarks/training.py --tp 2
 
 One model, the same batch, the losses in turn, medians; so the ratio is meant to be read, not the milliseconds.
@@ -13,6 +14,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from megatron_ptrl.training import host
 
 host.install_if_no_cuda()
 
+import numpy  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
@@ -28,21 +31,28 @@ from megatron_ptrl.config import (  # noqa: E402
     DataConfig,
     LossConfig,
     ModelConfig,
+    PaceConfig,
     ParallelConfig,
     PretrainConfig,
     RemitConfig,
+    RLConfig,
+    RolloutConfig,
     TrainConfig,
 )
-from megatron_ptrl.training import loop, mcore  # noqa: E402
+from megatron_ptrl.config.rl import PromptRowsConfig  # noqa: E402
+from megatron_ptrl.data.rollouts import TrainedResponse, microbatches  # noqa: E402
+from megatron_ptrl.training import loop, mcore, policy_step  # noqa: E402
 from megatron_ptrl.training.online_reference import OnlineReference  # noqa: E402
 from megatron_ptrl.training.optimizer import build_optimizer  # noqa: E402
 from megatron_ptrl.training.runlog import environment  # noqa: E402
 from megatron_ptrl.training.weighting import TokenWeighting  # noqa: E402
 
-SIDECAR, ONLINE = "plain, ReMiT from a side-car", "plain, ReMiT online"
+PLAIN, SIDECAR, ONLINE = "reward shaped, plain", "plain, ReMiT from a side-car", "plain, ReMiT online"
+POLICY = "policy loss, responses packed"
 LOSSES = {
     "megatron cross entropy": LossConfig(impl="megatron"),
-    "reward shaped, plain": LossConfig(),
+    PLAIN: LossConfig(),
+    POLICY: LossConfig(top_k=1),  # what `ptrl rl` has
     SIDECAR: LossConfig(),
     ONLINE: LossConfig(),
     "reward shaped, beta -0.25": LossConfig(beta=-0.25),
@@ -61,6 +71,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10, help="timed steps for each loss")
+    parser.add_argument(
+        "--processor_time", action="store_true", help="instead of the clock: other work on the machine does not count"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     config = PretrainConfig(
@@ -72,34 +85,76 @@ def main() -> None:
         ),
     )
     mcore.initialize(config)
-    seconds = measure(config, arguments.vocab, arguments.steps)
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+    seconds = measure(config, arguments.vocab, arguments.steps, clock)
     if dist.get_rank() == 0:
         report(arguments, seconds)
     mcore.shutdown()
 
 
-def measure(config: PretrainConfig, vocab: int, steps: int) -> dict[str, list[float]]:
+def measure(config: PretrainConfig, vocab: int, steps: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each timed step, by loss; two steps of each warm up."""
     chunks = mcore.build_model(config, vocab)
     optimizer = build_optimizer(config, chunks)
     batch = random_batch(config, vocab)
     reference = OnlineReference(config, mcore.build_frozen_model(config, vocab))
     weighting = TokenWeighting(RemitConfig(weighting="remit", reference="of equal size"))
+    policy, responses = policy_config(config), random_responses(config, vocab)
+
+    def pretrain(name: str) -> None:
+        # A reference writes into the batch it is given.
+        batches = iter([dict(batch)])
+        if name == ONLINE:
+            batches = reference.score(batches, num_microbatches=1)
+        weighs = weighting if name in (SIDECAR, ONLINE) else None
+        loop.train_step(config, chunks, optimizer, batches, num_microbatches=1, weighting=weighs)
+
+    def reinforce() -> None:
+        rows, width = config.train.micro_batch, config.data.seq_length
+        batches = microbatches(responses, seq_length=width, micro_batch=rows, dp_rank=0, dp_size=1)
+        policy_step.train_step(policy, chunks, optimizer, batches)
+
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     for step in range(steps + 2):
         for name, loss in LOSSES.items():
             mcore.unwrap(chunks[0]).loss = loss
             dist.barrier()
-            start = time.perf_counter()
-            # A reference writes into the batch it is given.
-            batches = iter([dict(batch)])
-            if name == ONLINE:
-                batches = reference.score(batches, num_microbatches=1)
-            weighs = weighting if name in (SIDECAR, ONLINE) else None
-            loop.train_step(config, chunks, optimizer, batches, num_microbatches=1, weighting=weighs)
+            start = clock()
+            if name == POLICY:
+                reinforce()
+            else:
+                pretrain(name)
             if step >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
+
+
+def policy_config(config: PretrainConfig) -> RLConfig:
+    """`ptrl rl` on the same model and rows."""
+    width = config.data.seq_length
+    return RLConfig(
+        model=config.model,
+        parallel=config.parallel,
+        data=PromptRowsConfig(seq_length=width),
+        train=PaceConfig(micro_batch=config.train.micro_batch, precision=config.train.precision),
+        rollout=RolloutConfig(max_tokens=width // 2),
+    )
+
+
+def random_responses(config: PretrainConfig, vocab: int) -> list[TrainedResponse]:
+    """What fills the rows: four responses in each, as long as their prompts."""
+    draw, rows = numpy.random.default_rng(1), config.train.micro_batch
+    half = config.data.seq_length // 8
+    ids = draw.integers(vocab, size=(4 * rows, 2 * half + 1)).astype(numpy.int32)
+    return [
+        TrainedResponse(
+            prompt_ids=row[: half + 1].tolist(),
+            token_ids=row[half + 1 :],
+            logprobs=numpy.full(half, -numpy.log(vocab), numpy.float32),
+            advantage=float(number % 2) - 0.5,
+        )
+        for number, row in enumerate(ids)
+    ]
 
 
 def random_batch(config: PretrainConfig, vocab: int) -> dict[str, Any]:
@@ -127,6 +182,7 @@ def report(arguments: argparse.Namespace, seconds: dict[str, list[float]]) -> No
     print(f"{'loss':<55}{'ms a step':>10}{'ratio':>8}")
     for name, milliseconds in medians.items():
         print(f"{name:<55}{milliseconds:>10.1f}{milliseconds / first:>8.3f}")
+    print(f"# {POLICY}: {medians[POLICY] / medians[PLAIN]:.3f} times {PLAIN}, on as many tokens")
     if arguments.output:
         result = {"setting": setting, "environment": about, "milliseconds": medians}
         result["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")

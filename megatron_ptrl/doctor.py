@@ -67,7 +67,7 @@ def render(findings: list[Finding]) -> str:
 
 def examine() -> list[Finding]:
     """Every finding, in the order they are printed. Takes some seconds: it imports what it reports on."""
-    return [*_machine(), *_torch(), *_compilers(), _megatron_core(), _kernels(), *_packages(), _nltk()]
+    return [*_machine(), *_torch(), *_compilers(), _megatron_core(), _kernels(), *_packages(), *_extras(), _punkt_tab()]
 
 
 def _machine() -> Iterator[Finding]:
@@ -216,6 +216,24 @@ def _packages() -> Iterator[Finding]:
         yield _package(name, cost=cost, fix=fix)
 
 
+def _extras() -> Iterator[Finding]:
+    """The packages that stages need beyond the plain installation, by the extra that brings them."""
+    for name, extras, cost in (
+        ("datatrove", "tpt,seg", "neither ptrl think nor ptrl segment"),
+        (
+            "aiohttp",
+            "tpt,seg,rl",
+            "no ptrl segment, no servers in ptrl think, no judge.kind openai in ptrl rl and evaluate",
+        ),
+        ("rapidfuzz", "rl", "no judge.kind lexical in ptrl rl and evaluate"),
+        ("math-verify", "rl", "verify.math has to be false: answers that are written differently are not the same"),
+        ("sentencex", "sentencex", "split.sentences has to be punkt, which is some 20 times slower"),
+        ("scipy", "eval", "no ptrl report --scaling"),
+        ("lm-eval", "lm_eval", "no harness.tasks in ptrl evaluate"),
+    ):
+        yield _package(name, name.replace("-", "_"), cost=cost, fix=_install(extras))
+
+
 def _package(name: str, module: str | None = None, *, cost: str, fix: str, required: bool = False) -> Finding:
     found = _import(module or name)
     if isinstance(found, str):
@@ -223,18 +241,30 @@ def _package(name: str, module: str | None = None, *, cost: str, fix: str, requi
     return Finding(name=name, present=True, detail=_version(name, found), required=required)
 
 
-def _nltk() -> Finding:
-    cost = "no sentence segmentation for RLPT's prompts"
+def _punkt_tab() -> Finding:
+    name, cost = (
+        "nltk punkt_tab",
+        "ptrl segment's Punkt learns its abbreviations from a sample of the corpus, in seconds",
+    )
     nltk = _import("nltk")
     if isinstance(nltk, str):
-        fix = "pip install nltk && python -m nltk.downloader punkt_tab"
-        return Finding(name="nltk punkt_tab", present=False, detail=nltk, cost=cost, fix=fix)
+        return Finding(
+            name=name,
+            present=False,
+            detail=nltk,
+            cost="split.sentences has to be sentencex in ptrl segment",
+            fix=_install("seg"),
+        )
     try:
         where = nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
         detail, fix = f"nltk {nltk.__version__} without its data", "python -m nltk.downloader punkt_tab"
-        return Finding(name="nltk punkt_tab", present=False, detail=detail, cost=cost, fix=fix)
-    return Finding(name="nltk punkt_tab", present=True, detail=f"nltk {nltk.__version__}, data in {where}")
+        return Finding(name=name, present=False, detail=detail, cost=cost, fix=fix)
+    return Finding(name=name, present=True, detail=f"nltk {nltk.__version__}, data in {where}")
+
+
+def _install(extras: str) -> str:
+    return f"pip install 'megatron-ptrl[{extras}]'"
 
 
 def _import(name: str) -> ModuleType | str:

@@ -1,6 +1,7 @@
 """Every benchmark that `make bench` runs works, at a size that takes seconds."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,5 @@ def test_benchmark_prints_a_table_and_writes_its_figures(name, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.dumps(json.loads(output.read_text()))
     assert "512" in figures and "ms" in done.stdout
+    if name == "training.py":
+        assert re.search(r"^# policy loss, responses packed: \d+\.\d+ times reward shaped, plain", done.stdout, re.M)

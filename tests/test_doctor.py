@@ -14,7 +14,8 @@ from megatron_ptrl.errors import InputError
 NAMES = {
     *("python", "cores", "memory", "OMP_NUM_THREADS", "torch", "GPUs", "C++ compiler", "nvcc", "megatron-core"),
     *("kernels", "transformer-engine", "apex", "flash-attn", "numpy", "tokenizers", "jsonargparse", "tqdm", "psutil"),
-    *("matplotlib", "tensorboard", "pyarrow", "zstandard", "wandb", "nltk punkt_tab"),
+    *("matplotlib", "tensorboard", "pyarrow", "zstandard", "wandb"),
+    *("datatrove", "aiohttp", "rapidfuzz", "math-verify", "sentencex", "scipy", "lm-eval", "nltk punkt_tab"),
 }
 
 
@@ -37,6 +38,33 @@ def test_missing_optional_package_tells_cost_and_command(monkeypatch, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if "pyarrow" in line)
     assert line.startswith("- ")
     assert "not installed; without it: no Parquet input; get it: pip install pyarrow" in line
+
+
+@pytest.mark.parametrize(
+    ("package", "line"),
+    [
+        ("datatrove", "neither ptrl think nor ptrl segment; get it: pip install 'megatron-ptrl[tpt,seg]'"),
+        ("math_verify", "verify.math has to be false"),
+        ("scipy", "no ptrl report --scaling; get it: pip install 'megatron-ptrl[eval]'"),
+        ("nltk", "split.sentences has to be sentencex in ptrl segment; get it: pip install 'megatron-ptrl[seg]'"),
+    ],
+)
+def test_what_a_stage_lacks_is_named_with_its_extra(monkeypatch, package, line):
+    monkeypatch.setitem(sys.modules, package, None)
+    findings = [f for f in [*doctor._extras(), doctor._punkt_tab()] if not f.present]
+    assert f"not installed; without it: {line}" in doctor.render(findings)
+
+
+def test_punkt_learns_where_its_data_are_not_installed(monkeypatch):
+    import nltk
+
+    def absent(name):
+        raise LookupError(name)
+
+    monkeypatch.setattr(nltk.data, "find", absent)
+    found = doctor._punkt_tab()
+    assert not found.present and "learns its abbreviations" in found.cost
+    assert found.fix == "python -m nltk.downloader punkt_tab"
 
 
 def test_missing_required_package_is_an_error(monkeypatch, capsys):

@@ -17,7 +17,8 @@ HERE = "run by tests/test_readme.py"
 ELSEWHERE = (
     "run by CI",
     "run by tests/test_benchmarks.py, at a small size",
-    "run by tests/test_quickstart.py, shortened",
+    "run by tests/test_quickstart.py, shortened: TPT",
+    "run by tests/test_quickstart.py, shortened: RLPT",
     "run by tests/test_flywheel.py, at its smallest",
     "run by tests/test_tpt_example.py, at its smallest",
 )
