@@ -169,18 +169,18 @@ BAD_CELL = 7
 def an_infinite_value(module: Any) -> Iterator[None]:
     from megatron_ptrl.training import scorer
 
-    right = scorer._logprob
+    right = scorer._stats
 
     def wrong(*arguments: Any, **options: Any) -> Any:
-        logprob = right(*arguments, **options)
-        logprob[0, BAD_CELL] = -numpy.inf
-        return logprob
+        found = right(*arguments, **options)
+        found[0, 0, BAD_CELL] = -numpy.inf
+        return found
 
-    scorer._logprob = wrong
+    scorer._stats = wrong
     try:
         yield
     finally:
-        scorer._logprob = right
+        scorer._stats = right
 
 
 def test_a_value_that_is_not_finite_is_named(ranks, reference, unscored, tmp_path):
