@@ -9,6 +9,9 @@ from megatron_ptrl.rollout.engine import Request
 Ask = Callable[[str, dict[str, Any] | None], Awaitable[Any]]
 """(path, body) -> the JSON of one server's reply; POST with a body, GET without."""
 
+UNTOUCHED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+"""Sampling parameters, by names that SGLang and vLLM share, that leave the model's distribution as it is."""
+
 
 class Malformed(Exception):
     """A reply without what was asked for."""

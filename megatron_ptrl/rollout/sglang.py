@@ -7,9 +7,7 @@ started with --enable-deterministic-inference, and ignores it otherwise.
 from typing import Any
 
 from megatron_ptrl.rollout.engine import Request
-from megatron_ptrl.rollout.http_api import Ask, Malformed, Reply
-
-_WITHOUT = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+from megatron_ptrl.rollout.http_api import UNTOUCHED, Ask, Malformed, Reply
 
 
 class SGLang:
@@ -23,7 +21,7 @@ class SGLang:
         return {
             "input_ids": request.prompt_ids,
             "sampling_params": {
-                **_WITHOUT,
+                **UNTOUCHED,
                 "temperature": temperature,
                 "top_p": top_p,
                 "max_new_tokens": request.max_tokens,
@@ -49,7 +47,7 @@ class SGLang:
         """Body of the request for the log-probabilities of a text."""
         return {
             "input_ids": ids,
-            "sampling_params": {**_WITHOUT, "temperature": 1.0, "max_new_tokens": 0},
+            "sampling_params": {**UNTOUCHED, "temperature": 1.0, "max_new_tokens": 0},
             "return_logprob": True,
             "logprob_start_len": 0,
         }

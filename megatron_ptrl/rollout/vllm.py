@@ -9,9 +9,7 @@ weights is dropped, and only then is the version set.
 from typing import Any
 
 from megatron_ptrl.rollout.engine import Request
-from megatron_ptrl.rollout.http_api import Ask, Malformed, Reply
-
-_WITHOUT = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+from megatron_ptrl.rollout.http_api import UNTOUCHED, Ask, Malformed, Reply
 
 
 class VLLM:
@@ -23,7 +21,7 @@ class VLLM:
     def generation(self, request: Request, temperature: float, top_p: float, eod: int) -> dict[str, Any]:
         """Body of the request for one response."""
         return {
-            **_WITHOUT,
+            **UNTOUCHED,
             "prompt": request.prompt_ids,
             "max_tokens": request.max_tokens,
             "temperature": temperature,
@@ -47,7 +45,7 @@ class VLLM:
 
     def scoring(self, ids: list[int]) -> dict[str, Any]:
         """Body of the request for the log-probabilities of a text."""
-        return {**_WITHOUT, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        return {**UNTOUCHED, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
 
     def read_scores(self, body: Any, ids: list[int]) -> list[float]:
         """Those of all tokens but the first. Raises Malformed."""
