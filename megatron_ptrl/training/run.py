@@ -8,7 +8,7 @@ The same command continues a run that was stopped or killed.
 import dataclasses
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def on_all_ranks(config: RunConfig, work: Callable[[], None]) -> None:
         mcore.shutdown()
 
 
-class TrainingRun(ABC):
+class TrainingRun:
     """One run on this rank. A stage fills in what comes before the model, what a step is and what ends the run."""
 
     def __init__(self, config: RunConfig, layout: Layout, tokenizer: Tokenizer) -> None:
