@@ -104,7 +104,7 @@ def finish(settings: Settings) -> list[Metrics]:
 
 def run_settings(prefix: str, run_dir: Path) -> Settings:
     options = {"parallel__tp": 2, "train__steps": STEPS, "checkpoint__save_every": 5, "model__hidden_dropout": 0.1}
-    return tiny_config(prefix, run_dir, **options, train__eval_samples=6, train__eval_every=12)
+    return tiny_config(prefix, run_dir, **options, train__eval_samples=6, train__eval_every=STEPS // 2)
 
 
 @pytest.fixture(scope="module")

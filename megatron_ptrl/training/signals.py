@@ -11,12 +11,13 @@ class Signals:
     """SIGUSR1 saves and goes on, SIGTERM saves and stops; all ranks act in the same step."""
 
     def __init__(self) -> None:
-        self._save = self._stop = False
+        self._saves_asked = self._saves_seen = 0  # counted: a signal that comes inside agree() is for the next call
+        self._stop = False
         signal.signal(signal.SIGUSR1, self._on_save)
         signal.signal(signal.SIGTERM, self._on_stop)
 
     def _on_save(self, *_: Any) -> None:
-        self._save = True
+        self._saves_asked += 1
 
     def _on_stop(self, *_: Any) -> None:
         self._stop = True
@@ -24,7 +25,8 @@ class Signals:
     def agree(self) -> tuple[bool, bool]:
         """(save now, stop now), if any rank was told so since the last call. One all-reduce of two bytes."""
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        told = torch.tensor([self._save, self._stop], dtype=torch.uint8, device=device)
+        asked = self._saves_asked
+        told = torch.tensor([asked > self._saves_seen, self._stop], dtype=torch.uint8, device=device)
+        self._saves_seen = asked
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        self._save = False
         return bool(told[0]), bool(told[1])
