@@ -12,9 +12,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 # Debian keeps daemons where a user's PATH may not look.
@@ -29,7 +31,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 SlurmctldPort={ports[0]}
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -51,9 +53,11 @@ PartitionName={partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 class SlurmCluster:
     """The daemons, idle and ready; a context. Commands find them by `SLURM_CONF`, which is the path `configuration`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *settings: str) -> None:
+        """settings: further lines of its configuration"""
         self._folder = folder
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.configuration = folder / "slurm.conf"
         (folder / "state").mkdir()
         (folder / "munge.key").write_bytes(os.urandom(128))
@@ -67,6 +71,7 @@ class SlurmCluster:
                 nodes=",".join(NODES),
                 partition=PARTITION,
             )
+            + "\n".join(settings)
         )
 
     def __enter__(self) -> "SlurmCluster":
@@ -75,7 +80,7 @@ class SlurmCluster:
         self._start("munged", "--force", *(f"--{flag}={self._folder}/munge.{end}" for flag, end in files.items()), "-F")
         self._start("slurmctld", "-D", "-c")
         for node in NODES:
-            self._start("slurmd", "-D", "-N", node)
+            self._nodes[node] = self._start("slurmd", "-D", "-N", node)
         self._wait("idle nodes", lambda: self.ask("sinfo", "-h", "-o", "%T %D", patient=True) == f"idle {len(NODES)}")
         return self
 
@@ -97,6 +102,18 @@ class SlurmCluster:
         done = subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=SECONDS)
         assert patient or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip() if done.returncode == 0 else ""
+
+    def lose_node(self, node: str, job: str) -> None:
+        """As by a power cut: its daemon, and what runs there of the job, end at once and without a word."""
+        slurmd = self._nodes.pop(node)
+        self._daemons.remove(slurmd)
+        slurmd.kill()
+        slurmd.wait()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.name() == "slurmstepd" and f"[{job}." in " ".join(process.cmdline()):
+                    for lost in [process, *process.children(recursive=True)]:
+                        lost.kill()
 
     def clear(self) -> None:
         """End what an earlier test left in the queue."""
@@ -122,7 +139,7 @@ class SlurmCluster:
                 raise AssertionError(f"no {wanted} within {SECONDS:.0f} s, ended: {dead}\n{logs}")
             time.sleep(0.05)
 
-    def _start(self, *command: str) -> None:
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
         with (self._folder / f"{command[0]}-{len(self._daemons)}.log").open("wb") as log:
             # Daemons end with the tests, also if these are killed.
             self._daemons.append(
@@ -130,6 +147,7 @@ class SlurmCluster:
                     ["setpriv", "--pdeathsig", "TERM", *command], env=self._environment(), stdout=log, stderr=log
                 )
             )
+        return self._daemons[-1]
 
     def _environment(self) -> dict[str, str]:
         return os.environ | {"SLURM_CONF": str(self.configuration), "PATH": PATH}
