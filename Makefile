@@ -21,7 +21,7 @@ SOURCES := Makefile pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint bench gpu
+.PHONY: help quickstart test lint bench docs gpu
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -46,6 +46,10 @@ bench: .venv/.ready ## Measure the loss, a training step and the data stages on 
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/rollout.py
 	@$(BIN)/python benchmarks/segment.py
+
+docs: .venv/.ready-dev ## Build the documentation into site/, with links and anchors checked
+	@$(BIN)/python -m mkdocs build --strict --quiet --site-dir site $(ARGS)
+	@echo "site/index.html"
 
 gpu: .venv/.ready-dev ## With a CUDA device: run the tests that need one, measure the loss on it
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'

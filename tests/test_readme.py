@@ -3,16 +3,13 @@
 import gzip
 import json
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pages import ROOT, blocks, run_shell
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", README, re.DOTALL)
+BLOCKS = blocks(ROOT / "README.md")
 HERE = "run by tests/test_readme.py"
 ELSEWHERE = (
     "run by CI",
@@ -47,19 +44,8 @@ def test_shell_blocks_run(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "more.jsonl.gz", "wt") as more:
         for module in modules[1::2]:
             more.write(json.dumps({"text": module.read_text()}) + "\n")
-    scripts = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for mark, language, code in BLOCKS:
         if language == "bash" and mark == HERE:
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", code],
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
-            assert "Warning" not in done.stderr, f"{code}\n{done.stderr}"
+            run_shell(code, tmp_path)
     plots = {path.name for path in (tmp_path / "comparison").glob("*.png")}
     assert {"loss.png", "ce.png", "entropy.png"} <= plots
