@@ -6,6 +6,7 @@ A group that several stages have with the same fields and defaults stands in the
 """
 
 import dataclasses
+import functools
 import html
 import json
 import re
@@ -52,7 +53,9 @@ def render() -> str:
         for group in own:
             users.setdefault(group, []).append(name)
     shared = [group for group, names in users.items() if len(names) > 1]
-    text = HEAD + "".join(f"| [{name}](#ptrl-{name}) | {_cell(stage.help)} |\n" for name, stage in stages._STAGES.items())
+    text = HEAD + "".join(
+        f"| [{name}](#ptrl-{name}) | {_cell(stage.help)} |\n" for name, stage in stages._STAGES.items()
+    )
     for name, own in groups.items():
         text += f"\n## ptrl {name}\n\n{_prose(getattr(config, stages._STAGES[name].config).__doc__)}\n"
         elsewhere = [f"[{group.name}](#{_anchor(group, users)})" for group in own if group in shared]
@@ -112,6 +115,7 @@ def _row(owner: type, name: str, value: Any, prefix: str) -> str:
     return f"| `{prefix}{name}` | {kind} | {default} | {_cell(_meanings(owner)[name])} |\n"
 
 
+@functools.cache
 def _meanings(owner: type) -> dict[str, str]:
     """The docstrings under the fields of a dataclass and of what it inherits from."""
     found: dict[str, str] = {}
@@ -148,7 +152,9 @@ def _prose(text: str | None) -> str:
 
 def _cell(text: str) -> str:
     """The same in a table, where readers of Markdown differ about a bar in code."""
-    return re.sub(r"`([^`]*[|][^`]*)`", lambda m: f"<code>{html.escape(m[1])}</code>", _prose(text)).replace("|", "&#124;")
+    return re.sub(r"`([^`]*[|][^`]*)`", lambda m: f"<code>{html.escape(m[1])}</code>", _prose(text)).replace(
+        "|", "&#124;"
+    )
 
 
 if __name__ == "__main__":

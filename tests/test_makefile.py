@@ -36,6 +36,7 @@ def requirements() -> list[str]:
         ("lint", ["ruff check", "ruff format --check", "mypy", "clang-format --dry-run -Werror"]),
         ("bench", ["benchmarks/loss.py", "benchmarks/linear_head.py", "benchmarks/training.py", "benchmarks/score.py"]),
         ("gpu", ["torch.cuda.is_available()", "-m pytest -q -m gpu", "benchmarks/loss.py --device cuda"]),
+        ("docs", ["--no-build-isolation -e '.[dev]'", "-m mkdocs build --strict", "--site-dir site"]),
         ("help", ["Makefile"]),
     ],
 )
