@@ -30,23 +30,23 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links to the copies, and above a block what it needs."""
-    folder = posixpath.dirname(page.file.src_uri)
+    folder = posixpath.dirname(page.file.src_uri) or "."
 
     def bent(link: re.Match[str]) -> str:
         name = _in_repository(link["path"], page.file)
-        return link["path"] if name is None else posixpath.relpath(PAGES.get(name, name), folder or ".")
+        return posixpath.relpath(PAGES.get(name, name.removeprefix("docs/")), folder)
 
     return NEEDS.sub(r"*\1*\n\n", LINK.sub(bent, markdown))
 
 
 def _outside(file: File) -> set[str]:
+    """Paths of the repository, but those of docs/ itself, that the page links to."""
     names = {_in_repository(link["path"], file) for link in LINK.finditer(file.content_string)}
-    return {name for name in names if name is not None}
+    return {name for name in names if not name.startswith("docs/")}
 
 
-def _in_repository(link: str, file: File) -> str | None:
-    """The path from the root of the repository that a link leads to; None for a page of docs/."""
-    at_root = file.src_uri in PAGES.values()
-    here = "" if at_root else posixpath.join("docs", posixpath.dirname(file.src_uri))
-    name = posixpath.normpath(posixpath.join(here, link))
-    return None if name.startswith("docs/") else name
+def _in_repository(link: str, file: File) -> str:
+    """The path from the root of the repository that a page's link leads to."""
+    of_docs = file.src_uri not in PAGES.values()
+    here = posixpath.join("docs", posixpath.dirname(file.src_uri)) if of_docs else ""
+    return posixpath.normpath(posixpath.join(here, link))
