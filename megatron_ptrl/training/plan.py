@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_ptrl.config import ModelConfig, PretrainConfig, RunConfig, SFTConfig
+from megatron_ptrl.config import ModelConfig, ParallelConfig, PretrainConfig, RunConfig, SFTConfig
 from megatron_ptrl.training.layout import Layout
 
 GIB = 1 << 30
@@ -21,6 +21,10 @@ class ParameterCount:
     num_layers: int
     num_moe_layers: int
     final_norm: int
+    per_layer_norms: int
+    """Of `per_layer_dense`; every tensor-parallel rank holds them."""
+    per_layer_query_key_norms: int
+    """Of these, the norms of queries and keys."""
 
     @property
     def total(self) -> int:
@@ -40,7 +44,8 @@ def count_parameters(model: ModelConfig, padded_vocab: int, ffn: int) -> Paramet
     if model.add_bias_linear or model.add_qkv_bias:
         attention += query + key_value
     attention += h if model.add_bias_linear else 0
-    attention += 2 * head_width if model.qk_layernorm else 0
+    query_key_norms = 2 * head_width if model.qk_layernorm else 0
+    attention += query_key_norms
     experts = getattr(model, "num_moe_experts", None)
     moe_layers = _moe_layers(model) if experts else 0
     dense_mlp = _mlp(model, ffn)
@@ -59,7 +64,29 @@ def count_parameters(model: ModelConfig, padded_vocab: int, ffn: int) -> Paramet
         num_layers=model.num_layers,
         num_moe_layers=moe_layers,
         final_norm=norm,
+        per_layer_norms=2 * norm + query_key_norms,
+        per_layer_query_key_norms=query_key_norms,
     )
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters on a rank of one pipeline stage of a dense model without biases, to the last one."""
+
+    total: int
+    norms: int
+    query_key_norms: int
+
+
+def parameters_of_stage(count: ParameterCount, parallel: ParallelConfig, place: int) -> StageParameters:
+    """Of a rank of stage `place`, from 0. A matrix that is tied lies on the first stage and on the last one."""
+    layers = count.num_layers // parallel.pp
+    first, last = place == 0, place == parallel.pp - 1
+    norms = layers * count.per_layer_norms + (count.final_norm if last else 0)
+    matrices = layers * (count.per_layer_dense - count.per_layer_norms)
+    matrices += count.embedding if first else 0
+    matrices += count.head or (0 if first else count.embedding) if last else 0
+    return StageParameters(matrices // parallel.tp + norms, norms, layers * count.per_layer_query_key_norms)
 
 
 def _mlp(model: ModelConfig, ffn: int) -> int:
