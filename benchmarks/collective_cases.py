@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 from collective_calls import Calls, merged  # noqa: E402
 
+from megatron_ptrl.cli import parse  # noqa: E402
 from megatron_ptrl.config import (  # noqa: E402
     DataConfig,
     LossConfig,
@@ -59,6 +61,8 @@ class Case:
     remit: RemitConfig = RemitConfig()
     tied: bool = False
     precision: str = "fp32"
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of Megatron-Core's own."""
 
 
 TP, SP = {"tp": 2}, {"tp": 2, "sequence_parallel": True}
@@ -67,6 +71,7 @@ SUM = LossConfig(impl="linear", top_k=5, chunk_tokens=16, recompute_logits=False
 REMIT = {"weighting": "remit", "sidecar": ["random"]}
 RHO1 = {"weighting": "rho1", "sidecar": ["random"]}
 ONLINE = {"weighting": "remit", "reference": "random"}
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 CASES = {
     "tp": Case(2, parallel=TP),
     "tp, sequence parallel": Case(2, parallel=SP),
@@ -77,11 +82,14 @@ CASES = {
     "tp, linear sum": Case(2, parallel=TP, loss=SUM),
     "tp, linear sum, sequence parallel": Case(2, parallel=SP, loss=SUM),
     "tp, ReMiT online": Case(2, parallel=SP, remit=RemitConfig(**ONLINE)),
+    "tp, recomputed": Case(2, parallel=SP, model=RECOMPUTED),
     "pp": Case(2, parallel={"pp": 2}),
     "pp, tied": Case(2, parallel={"pp": 2}, tied=True),
     "pp, interleaved": Case(2, parallel={"pp": 2, "vpp": 2}),
     "pp, ReMiT online": Case(2, parallel={"pp": 2}, remit=RemitConfig(**ONLINE)),
     "cp": Case(2, parallel={"cp": 2}),
+    "cp, attention recomputed": Case(2, parallel={"cp": 2}, model={"recompute_granularity": "selective"}),
+    "cp, recomputed": Case(2, parallel={"cp": 2}, model=RECOMPUTED),
     "cp, ReMiT": Case(2, parallel={"cp": 2}, remit=RemitConfig(**REMIT)),
     "cp, ReMiT by document": Case(2, parallel={"cp": 2}, remit=RemitConfig(**REMIT, center="document")),
     "cp, RHO-1": Case(2, parallel={"cp": 2}, remit=RemitConfig(**RHO1)),
@@ -126,8 +134,10 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _config(case: Case) -> Any:
+    model = {**MODEL, "ffn_hidden_size": 128, "share_embeddings_and_output_weights": case.tied, **case.model}
+    words = [f"--model.{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in model.items()]
     settings = {
-        "model": ModelConfig(**MODEL, ffn_hidden_size=128, share_embeddings_and_output_weights=case.tied),
+        "model": parse(PretrainConfig, words, prog="").model,
         "parallel": ParallelConfig(**case.parallel),
     }
     if case.stage in ("rl", "generate"):

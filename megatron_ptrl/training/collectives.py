@@ -13,6 +13,7 @@ from typing import Literal
 
 from megatron_ptrl.config import PretrainConfig, RemitConfig, RunConfig
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.training.head_costs import implementation
 from megatron_ptrl.training.layout import Layout
 from megatron_ptrl.training.plan import count_parameters, parameters_of_stage
 
@@ -28,10 +29,11 @@ SYMBOLS = {
     "l": "layers on a rank, L / pp",
     "t": "tp with sequence parallelism, else 1",
     "z": "bytes of a weight or an activation: 2 in bf16, 4 in fp32",
-    "kv": "width of the keys of all heads, num_query_groups x kv_channels",
+    "q, kv": "width of the queries and of the keys of all heads",
     "c": "loss.chunk_tokens, at most n",
     "P, N, Q": "parameters on a rank; those in norms; those in norms of queries and keys",
     "f": "figures of the log: 7, with ReMiT's weights 23, with RHO-1's 11",
+    "r, a": "forwards of a layer and of its attention in a step: 2 with recomputation, else 1; 1 without backward",
     "B": "responses that a rank writes at a time",
     "first, last": "1 on the first, the last pipeline stage, else 0",
     "pad(x)": "x up to the next multiple of 128 and of dp cp",
@@ -61,6 +63,9 @@ class Sizes:
     N: int
     Q: int
     f: int
+    r: int
+    a: int
+    q: int
     B: int
     sp: bool
     tied: bool
@@ -127,11 +132,11 @@ class Collective:
 def _of_layers() -> Iterable[Row]:
     """Megatron-Core's tensor parallelism: two regions a layer, the embedding, the head."""
     one, whole = "n/tp*h*z", "n*h*z"
-    yield Row("layers", "forward", "tp", "all-gather", one, "2*l*m", "sp", MEGATRON)
-    yield Row("layers", "forward", "tp", "reduce-scatter", whole, "2*l*m", "sp", MEGATRON)
+    yield Row("layers", "forward", "tp", "all-gather", one, "2*l*m*r", "sp", MEGATRON)
+    yield Row("layers", "forward", "tp", "reduce-scatter", whole, "2*l*m*r", "sp", MEGATRON)
     yield Row("layers", "backward", "tp", "all-gather", one, "4*l*m", "sp", MEGATRON)
     yield Row("layers", "backward", "tp", "reduce-scatter", whole, "2*l*m", "sp", MEGATRON)
-    yield Row("layers", "forward", "tp", "all-reduce", whole, "2*l*m", "not sp", MEGATRON)
+    yield Row("layers", "forward", "tp", "all-reduce", whole, "2*l*m*r", "not sp", MEGATRON)
     yield Row("layers", "backward", "tp", "all-reduce", whole, "2*l*m", "not sp", MEGATRON)
     yield Row("layers", "forward", "tp", "reduce-scatter", whole, "first*m", "sp", MEGATRON)
     yield Row("layers", "backward", "tp", "all-gather", one, "first*m", "sp", MEGATRON)
@@ -140,7 +145,7 @@ def _of_layers() -> Iterable[Row]:
         yield Row("layers", way, "pp", operation, "n/t*h*z", "m*(V - last)", "True", MEGATRON)  # type: ignore[arg-type]
     for way, operation in (("forward", "receive"), ("backward", "send")):
         yield Row("layers", way, "pp", operation, "n/t*h*z", "m*(V - first)", "True", MEGATRON)  # type: ignore[arg-type]
-    yield Row("layers", "forward", "cp", "all-gather", "n*kv/tp*z", "2*l*m", "True", MEGATRON)
+    yield Row("layers", "forward", "cp", "all-gather", "n*kv/tp*z", "2*l*m*a", "True", MEGATRON)
     yield Row("layers", "backward", "cp", "reduce-scatter", "n*cp*kv/tp*z", "2*l*m", "True", MEGATRON)
 
 
@@ -210,8 +215,7 @@ ROWS = tuple(row for rows in (_of_layers, _of_losses, _of_weights, _of_step, _of
 
 def parts(stage: Stage, config: RunConfig) -> set[str]:
     """The parts of ROWS that a step of `stage` has; of `score`, one microbatch after the other, no update."""
-    loss = config.loss.impl if config.loss.recompute_logits else "linear, gradients in the forward"
-    model = {"layers", loss}
+    model = {"layers", implementation(config.loss)}
     if stage == "score":
         return model
     weighting = config.remit.weighting if isinstance(config, PretrainConfig) else "none"
@@ -246,6 +250,8 @@ def sizes_of(
     count = count_parameters(model, padded_vocab, ffn)
     own = parameters_of_stage(count, parallel, place)
     tokens = config.train.micro_batch * config.data.seq_length // parallel.cp
+    head_width = model.kv_channels or model.hidden_size // model.num_attention_heads
+    recomputes = getattr(model, "recompute_granularity", None) if stage != "score" else None
     return Sizes(
         s=config.data.seq_length,
         b=config.train.micro_batch,
@@ -260,13 +266,15 @@ def sizes_of(
         m=layout.num_microbatches,
         k=1 if stage in ("score", "rl") else config.loss.top_k,
         z=2 if config.train.precision == "bf16" else 4,
-        kv=(model.num_query_groups or model.num_attention_heads)
-        * (model.kv_channels or model.hidden_size // model.num_attention_heads),
+        q=model.num_attention_heads * head_width,
+        kv=(model.num_query_groups or model.num_attention_heads) * head_width,
         c=min(config.loss.chunk_tokens, tokens),
         P=own.total,
         N=own.norms,
         Q=own.query_key_norms,
         f={"none": 7, "remit": 23 if remit.epsilon else 11, "rho1": 11}[remit.weighting],
+        r=2 if recomputes == "full" else 1,
+        a=2 if recomputes else 1,
         B=0,
         sp=parallel.sequence_parallel,
         tied=model.share_embeddings_and_output_weights,

@@ -106,9 +106,10 @@ def memory_per_rank(config: RunConfig, layout: Layout, count: ParameterCount, pa
     """Bytes on the fullest rank (first or last stage): weights, gradients, optimizer, activations, logits.
 
     Activations by the 34 s b h bytes a layer of bf16 of arXiv:2205.05198 without the s^2 terms, which torch's and
-    Transformer Engine's attention do not store; the first stage holds `pp` microbatches of its layers. Logits are
-    counted once, as the kernels need them, with `loss.recompute_logits` false beside the head's gradient in fp32; the
-    loss in torch operators needs about ten times that.
+    Transformer Engine's attention do not store, so that recomputing attention alone saves nothing more; the first stage
+    holds `pp` microbatches of its layers, and of its next chunks where it has several. Logits are counted once, as the
+    kernels need them, with `loss.recompute_logits` false beside the head's gradient in fp32; the loss in torch
+    operators needs about ten times that.
     """
     parallel, model = config.parallel, config.model
     stage_layers = count.num_layers / parallel.pp
@@ -132,9 +133,29 @@ def memory_per_rank(config: RunConfig, layout: Layout, count: ParameterCount, pa
         "weights": mine * (2 if bf16 else 4),
         "gradients": mine * 4,
         "optimizer": mine * (12 if bf16 else 8) / sharing,
-        "activations": tokens * per_token_layer * stage_layers * min(parallel.pp, layout.num_microbatches),
+        "activations": tokens * _held_layers(config, layout, stage_layers, width, per_token_layer),
         "logits": logits,
     }
+
+
+def _held_layers(config: RunConfig, layout: Layout, layers: float, width: int, per_token: float) -> float:
+    """Bytes of activations a token, of all layers and microbatches that the first stage holds at once.
+
+    per_token: of a layer that is kept whole. One that is recomputed leaves its input, 2 h bytes in bf16.
+    """
+    model, parallel = config.model, config.parallel
+    chunks = parallel.vpp or 1
+    # Interleaved, arXiv:2205.05198: p stages of v chunks hold 1 + (p - 1) / (p v) times what p whole stages hold.
+    more = 1 + (parallel.pp - 1) / (parallel.pp * chunks) if chunks > 1 else 1.0
+    in_flight = min(parallel.pp * more, layout.num_microbatches)
+    if getattr(model, "recompute_granularity", None) != "full":
+        return per_token * layers * in_flight
+    at_once = getattr(model, "recompute_num_layers", None) or 1
+    a_input = width / 17 * model.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
+    if getattr(model, "recompute_method", None) == "block":
+        recomputed = min(at_once * chunks, layers)
+        return ((layers - recomputed) * per_token + recomputed * a_input) * in_flight + per_token
+    return layers / at_once * a_input * in_flight + at_once * per_token
 
 
 def reference_memory(reference: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int) -> float:
