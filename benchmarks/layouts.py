@@ -46,17 +46,17 @@ def parallel(**sizes: int) -> list[str]:
 
 LAYOUTS: list[tuple[str, int, list[str]]] = [
     ("1B", 1, []),
-    ("1B", 8, []),
+    ("1B", 8, OVERLAP),
     ("1B", 64, OVERLAP),
     ("1B", 512, OVERLAP),
     ("8B", 1, FULL),
-    ("8B", 8, parallel(tp=2)),
+    ("8B", 8, parallel(tp=2) + OVERLAP),
     ("8B", 64, parallel(tp=2) + OVERLAP),
     ("8B", 512, parallel(tp=2) + OVERLAP),
     ("70B", 1, FULL),
     ("70B", 8, parallel(tp=8) + FULL),
-    ("70B", 64, parallel(tp=8, pp=4, vpp=5)),
-    ("70B", 512, parallel(tp=8, pp=4, vpp=5)),
+    ("70B", 64, parallel(tp=8, pp=4, vpp=5) + OVERLAP),
+    ("70B", 512, parallel(tp=8, pp=4, vpp=5) + OVERLAP),
 ]
 
 SHAPED = ["--loss.beta=-0.25", "--loss.lambda_head=0.1", "--loss.lambda_tail=-0.1", "--loss.top_k=100"]
@@ -79,7 +79,7 @@ VARIANTS: list[tuple[str, list[str]]] = [
     ("layers recomputed", [*SHAPED, *FULL]),
     ("gradients and weights not overlapped", [*SHAPED, *parallel(tp=2)]),
     ("one rank holds the model, layers recomputed", [*SHAPED, *OVERLAP, *FULL]),
-    ("pp 2 x tp 1, layers recomputed", [*SHAPED, *parallel(pp=2), *FULL]),
+    ("pp 2, vpp 4 x tp 1, layers recomputed", [*SHAPED, *parallel(pp=2, vpp=4), *FULL, *OVERLAP]),
     ("cp 2 x tp 1", [*SHAPED, *parallel(cp=2), *OVERLAP]),
 ]
 
@@ -161,7 +161,7 @@ def layouts() -> str:
         found = predict(config, layout, VOCAB, ffn)
         rows.append((model, gpus, shape, layout.num_microbatches, *memory, *_times(found)))
     header = ["model", "GPUs", "layout", "m", "weights + gradients + optimizer", "activations", "logits", "GiB in all"]
-    return table([*header, "bubble", "calls", "s a step", "tokens/s a GPU", "MFU"], rows)
+    return table([*header, "bubble", "communication", "s a step", "tokens/s a GPU", "MFU"], rows)
 
 
 def _times(found: Prediction) -> tuple[str, ...]:

@@ -207,13 +207,22 @@ class _Times:
         return one.count * (self._latency + factors.get(one.operation, 1) * one.bytes / self._link(one.group))
 
     def _link(self, group: str) -> float:
-        """Bytes/s. Ranks are numbered in the order tp, cp, dp, pp; nodes hold them in that order."""
+        """Bytes/s out of a rank. Ranks are numbered in the order tp, cp, dp, pp; nodes hold them in that order.
+
+        Where a group goes over nodes, each of its ranks in a node brings its network adapter, and a ring of its own.
+        """
         sizes = self._sizes
         model = sizes.tp * sizes.cp
-        extent = {"tp": sizes.tp, "cp": model}.get(group, model * sizes.dp)
-        if group not in ("tp", "cp", "dp", "dp cp"):
-            extent *= sizes.pp
-        return self._node_link if extent <= self._machine.node else self._network
+        stride, ranks = {
+            "tp": (1, sizes.tp),
+            "cp": (sizes.tp, sizes.cp),
+            "dp": (model, sizes.dp),
+            "dp cp": (sizes.tp, sizes.cp * sizes.dp),
+            "all": (1, model * sizes.dp * sizes.pp),
+        }.get(group, (model * sizes.dp, sizes.pp))
+        if stride * ranks <= self._machine.node:
+            return self._node_link
+        return min(max(self._machine.node // stride, 1) * self._network, self._node_link)
 
     def update(self) -> float:
         """Gradient, weight and two moments in fp32 read, the last three written, the weight in its own dtype."""
@@ -250,6 +259,6 @@ def predict_generation(
     batch = int(min(config.rollout.batch, responses))
     count = count_parameters(config.model, padded_vocab, ffn)
     weights = sizes.z * count.total / sizes.tp
-    cache = kv_cache_bytes(config) * sizes.pp / 2
+    cache = kv_cache_bytes(config) * sizes.pp / 2 * batch / min(config.rollout.batch, responses * layout.dp)
     times = _Times(dataclasses.replace(sizes, B=batch), machine, assumed)
     return times.generation(responses / batch * config.rollout.max_tokens, cache, weights)
