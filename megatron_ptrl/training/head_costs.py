@@ -62,7 +62,7 @@ HEADS = {
         loss_backward="n*v/tp*(z + 12)",
         sums="8*h*v/tp",
         kept="4*n*v/tp + 9*n",
-        peak="4*n*v/tp",
+        peak="n*v/tp*z",
     ),
 }
 

@@ -127,6 +127,8 @@ def memory_per_rank(config: RunConfig, layout: Layout, count: ParameterCount, pa
     per_token_layer = (width / parallel.tp + replicated) * model.hidden_size
     with_logits = min(tokens, config.loss.chunk_tokens) if config.loss.impl == "linear" else tokens
     logits = with_logits * padded_vocab / parallel.tp * (2 if bf16 else 4)
+    if config.loss.impl == "megatron":
+        logits += with_logits * padded_vocab / parallel.tp * 4  # the softmax, kept in fp32
     if not config.loss.recompute_logits:
         logits += model.hidden_size * padded_vocab / parallel.tp * 4
     return {
