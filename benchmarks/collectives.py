@@ -15,16 +15,17 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from collective_cases import CASES, counted  # first: it sees to machines without CUDA
+import torch
+import torch.distributed as dist
+from collective_calls import differences, table
+from collective_cases import CASES
 
-import torch  # isort: skip
-import torch.distributed as dist  # isort: skip
-from collective_calls import differences, table  # isort: skip
-
-from megatron_ptrl.training.collectives import Collective  # isort: skip
+from megatron_ptrl.training.collectives import Collective
 
 
 def _work(rank: int, world_size: int, names: list[str], store: str, results: Any) -> None:
+    from collective_steps import counted  # in the ranks alone: it changes torch where there is no CUDA
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     for name in names:
@@ -58,11 +59,11 @@ def count_all(names: list[str]) -> Iterator[tuple[str, list[dict[str, list[Colle
                 worker.join()
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print the calls of each case's first and last rank, and where they are not what the formulas say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all without")
-    names = parser.parse_args().cases or list(CASES)
+    names = parser.parse_args(arguments).cases or list(CASES)
     for name in names:
         if name not in CASES:
             parser.error(f"there is no case {name!r}; expected one of {', '.join(map(repr, CASES))}")

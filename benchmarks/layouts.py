@@ -8,6 +8,7 @@ Nothing is measured and nothing is built: arithmetic of megatron_ptrl/training/{
 
 import argparse
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,78 +29,83 @@ from megatron_ptrl.training.prediction import PARTS, Prediction, fits, predict, 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 # The shapes of Llama-3.2-1B, Llama-3.1-8B and -70B, from their public config.json.
 VOCAB, SEQ_LENGTH, ROWS = 128256, 8192, 512
-_LLAMA = ["--model.num_query_groups=8", "--model.qk_layernorm=false"]
-MODELS = {
-    "1B": [16, 2048, 32, 8192, True],
-    "8B": [32, 4096, 32, 14336, False],
-    "70B": [80, 8192, 64, 28672, False],
+MODELS: dict[str, dict[str, Any]] = {
+    "1B": {"num_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "ffn_hidden_size": 8192},
+    "8B": {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 14336},
+    "70B": {"num_layers": 80, "hidden_size": 8192, "num_attention_heads": 64, "ffn_hidden_size": 28672},
 }
-SP, FULL = ["--parallel.sequence_parallel=true"], ["--model.recompute_granularity=full"]
-FULL += ["--model.recompute_method=uniform", "--model.recompute_num_layers=1"]
-OVERLAP = ["--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true"]
+Settings = dict[str, Any]
+FULL: Settings = {
+    "model.recompute_granularity": "full",
+    "model.recompute_method": "uniform",
+    "model.recompute_num_layers": 1,
+}
 
 
-def parallel(**sizes: int) -> list[str]:
-    """Flags of a layout; sequence parallelism with tp."""
-    return [f"--parallel.{name}={size}" for name, size in sizes.items()] + (SP if sizes.get("tp", 1) > 1 else [])
+def parallel(overlap: bool = True, **sizes: int) -> Settings:
+    """Settings of a layout; sequence parallelism with tp."""
+    switches = {"sequence_parallel": sizes.get("tp", 1) > 1}
+    switches |= {"overlap_grad_reduce": overlap, "overlap_param_gather": overlap}
+    return {f"parallel.{name}": value for name, value in (sizes | switches).items()}
 
 
-LAYOUTS: list[tuple[str, int, list[str]]] = [
-    ("1B", 1, []),
-    ("1B", 8, OVERLAP),
-    ("1B", 64, OVERLAP),
-    ("1B", 512, OVERLAP),
-    ("8B", 1, FULL),
-    ("8B", 8, parallel(tp=2) + OVERLAP),
-    ("8B", 64, parallel(tp=2) + OVERLAP),
-    ("8B", 512, parallel(tp=2) + OVERLAP),
-    ("70B", 1, FULL),
-    ("70B", 8, parallel(tp=8) + FULL),
-    ("70B", 64, parallel(tp=8, pp=4, vpp=5) + OVERLAP),
-    ("70B", 512, parallel(tp=8, pp=4, vpp=5) + OVERLAP),
+LAYOUTS: list[tuple[str, int, Settings]] = [
+    *(("1B", gpus, parallel()) for gpus in (1, 8, 64, 512)),
+    ("8B", 1, parallel() | FULL),
+    *(("8B", gpus, parallel(tp=2)) for gpus in (8, 64, 512)),
+    ("70B", 1, parallel() | FULL),
+    ("70B", 8, parallel(tp=8) | FULL),
+    *(("70B", gpus, parallel(tp=8, pp=4, vpp=5)) for gpus in (64, 512)),
 ]
 
-SHAPED = ["--loss.beta=-0.25", "--loss.lambda_head=0.1", "--loss.lambda_tail=-0.1", "--loss.top_k=100"]
-LINEAR = ["--loss.impl=linear"]
-SIDECAR = ["--remit.weighting=remit", '--remit.sidecar=["scored"]']
-ONLINE = ["--remit.weighting=remit", "--remit.reference=runs/reference"]
-BASE = parallel(tp=2) + OVERLAP
-VARIANTS: list[tuple[str, list[str]]] = [
-    ("Megatron-Core's cross entropy, unfused", ["--loss.impl=megatron"]),
-    ("reward_shaped, all rewards 0", []),
+SHAPED: Settings = {"loss.beta": -0.25, "loss.lambda_head": 0.1, "loss.lambda_tail": -0.1, "loss.top_k": 100}
+LINEAR = SHAPED | {"loss.impl": "linear"}
+SIDECAR = SHAPED | {"remit.weighting": "remit", "remit.sidecar": ["scored"]}
+ONLINE = SHAPED | {"remit.weighting": "remit", "remit.reference": "runs/reference"}
+VARIANTS: list[tuple[str, Settings]] = [
+    ("Megatron-Core's cross entropy, unfused", {"loss.impl": "megatron"}),
+    ("reward_shaped, all rewards 0", {}),
     ("reward_shaped, rewards and k = 100", SHAPED),
-    ("linear", [*SHAPED, *LINEAR]),
-    ("linear, 8192 tokens a chunk", [*SHAPED, *LINEAR, "--loss.chunk_tokens=8192"]),
-    ("linear, gradients in the forward", [*SHAPED, *LINEAR, "--loss.recompute_logits=false"]),
-    ("ReMiT from a side-car", [*SHAPED, *SIDECAR]),
-    ("ReMiT from a side-car by document", [*SHAPED, *SIDECAR, "--remit.center=document"]),
-    ("ReMiT online, reference of 8B", [*SHAPED, *ONLINE]),
-    ("ReMiT online, reference of 1B", [*SHAPED, *ONLINE]),
-    ("attention recomputed", [*SHAPED, "--model.recompute_granularity=selective"]),
-    ("layers recomputed", [*SHAPED, *FULL]),
-    ("gradients and weights not overlapped", [*SHAPED, *parallel(tp=2)]),
-    ("one rank holds the model, layers recomputed", [*SHAPED, *OVERLAP, *FULL]),
-    ("pp 2, vpp 4 x tp 1, layers recomputed", [*SHAPED, *parallel(pp=2, vpp=4), *FULL, *OVERLAP]),
-    ("cp 2 x tp 1", [*SHAPED, *parallel(cp=2), *OVERLAP]),
+    ("linear", LINEAR),
+    ("linear, 8192 tokens a chunk", LINEAR | {"loss.chunk_tokens": 8192}),
+    ("linear, gradients in the forward", LINEAR | {"loss.recompute_logits": False}),
+    ("ReMiT from a side-car", SIDECAR),
+    ("ReMiT from a side-car by document", SIDECAR | {"remit.center": "document"}),
+    ("ReMiT online, reference of 8B", ONLINE),
+    ("ReMiT online, reference of 1B", ONLINE),
+    ("attention recomputed", SHAPED | {"model.recompute_granularity": "selective"}),
+    ("layers recomputed", SHAPED | FULL),
+    ("gradients and weights not overlapped", SHAPED | parallel(overlap=False, tp=2)),
+    ("one rank holds the model, layers recomputed", SHAPED | parallel() | FULL),
+    ("pp 2, vpp 4 x tp 1, layers recomputed", SHAPED | parallel(pp=2, vpp=4) | FULL),
+    ("cp 2 x tp 1", SHAPED | parallel(cp=2)),
 ]
 
 
-def configured(model: str, gpus: int, flags: Iterable[str]) -> tuple[PretrainConfig, Layout]:
+@functools.cache
+def _defaults() -> PretrainConfig:
+    """With the fields of Megatron-Core, which only parsing brings."""
+    return parse(PretrainConfig, [], prog="ptrl pretrain")
+
+
+def configured(model: str, gpus: int, settings: Settings) -> tuple[PretrainConfig, Layout]:
     """`ptrl pretrain`'s config of a model, 512 rows of 8192 tokens a step, and its layout on `gpus`."""
-    layers, hidden, heads, ffn, tied = MODELS[model]
-    words = [
-        *_LLAMA,
-        f"--model.num_layers={layers}",
-        f"--model.hidden_size={hidden}",
-        f"--model.num_attention_heads={heads}",
-        f"--model.ffn_hidden_size={ffn}",
-        f"--model.share_embeddings_and_output_weights={str(tied).lower()}",
-        f"--data.seq_length={SEQ_LENGTH}",
-        f"--train.global_batch={ROWS}",
-        "--train.micro_batch=1",
-        "--train.precision=bf16",
-    ]
-    config = parse(PretrainConfig, [*words, *flags], prog="ptrl pretrain")
+    whole = {f"model.{name}": value for name, value in MODELS[model].items()} | {
+        "model.num_query_groups": 8,
+        "model.qk_layernorm": False,
+        "model.share_embeddings_and_output_weights": model == "1B",
+        "data.seq_length": SEQ_LENGTH,
+        "train.global_batch": ROWS,
+        "train.micro_batch": 1,
+        "train.precision": "bf16",
+    }
+    parts: dict[str, Settings] = {}
+    for name, value in (whole | settings).items():
+        part, _, field = name.partition(".")
+        parts.setdefault(part, {})[field] = value
+    defaults = _defaults()
+    changed = {part: dataclasses.replace(getattr(defaults, part), **values) for part, values in parts.items()}
+    config = dataclasses.replace(defaults, **changed)
     return config, check_layout(config, gpus)
 
 
@@ -145,14 +151,14 @@ def heads() -> str:
 def layouts() -> str:
     """Memory and step time of every model on every number of GPUs."""
     rows = []
-    for model, gpus, flags in LAYOUTS:
-        config, layout = configured(model, gpus, [*SHAPED, *flags])
+    for model, gpus, settings in LAYOUTS:
+        config, layout = configured(model, gpus, SHAPED | settings)
         ffn = mcore.ffn_size(config.model)
         parts = memory_per_rank(config, layout, count_parameters(config.model, VOCAB, ffn), VOCAB)
         gib = {name: size / GIB for name, size in parts.items()}
         p = config.parallel
         shape = f"tp {p.tp} pp {p.pp}" + (f" vpp {p.vpp}" if p.vpp else "") + f" dp {layout.dp}"
-        shape += ", layers recomputed" if FULL[0] in flags else ""
+        shape += ", layers recomputed" if settings.items() >= FULL.items() else ""
         state = f"{gib['weights']:.1f} + {gib['gradients']:.1f} + {gib['optimizer']:.1f}"
         memory = (state, f"{gib['activations']:.1f}", f"{gib['logits']:.1f}", f"{sum(gib.values()):.1f}")
         if not fits(config, layout, VOCAB, ffn):
@@ -179,9 +185,9 @@ def variants() -> str:
     """8B on 512 GPUs, with and without each part."""
     shown = [name for name in PARTS if name != "cp"]
     rows = []
-    for name, flags in VARIANTS:
-        own = any(flag.startswith("--parallel.") for flag in flags)
-        config, layout = configured("8B", 512, [*flags, *([] if own else BASE)])
+    for name, settings in VARIANTS:
+        own = any(key.startswith("parallel.") for key in settings)
+        config, layout = configured("8B", 512, settings if own else parallel(tp=2) | settings)
         ffn = mcore.ffn_size(config.model)
         parts = memory_per_rank(config, layout, count_parameters(config.model, VOCAB, ffn), VOCAB)
         reference = None
@@ -200,7 +206,7 @@ _HEADINGS = {"tp": "tp, cp"}
 
 
 def _reference(config: PretrainConfig, model: str) -> PretrainConfig:
-    its, _ = configured(model, 512, [])
+    its, _ = configured(model, 512, {})
     loss = dataclasses.replace(config.loss, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k=1)
     return dataclasses.replace(config, model=its.model, loss=loss, remit=its.remit)
 
@@ -208,7 +214,7 @@ def _reference(config: PretrainConfig, model: str) -> PretrainConfig:
 def stages() -> str:
     """The other stages of 8B on 512 GPUs."""
     rows = []
-    config, layout = configured("8B", 512, [*SHAPED, *BASE])
+    config, layout = configured("8B", 512, SHAPED | parallel(tp=2))
     ffn = mcore.ffn_size(config.model)
     for name, stage in (("pretrain, sft", "pretrain"), ("score", "score")):
         found = predict(config, layout, VOCAB, ffn, stage=stage)  # type: ignore[arg-type]

@@ -35,7 +35,8 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def count(rank: int, world_size: int, names: list[str]) -> dict[str, Counts]:
-    from collective_cases import CASES, counted
+    from collective_cases import CASES
+    from collective_steps import counted
 
     return {name: counted(rank, world_size, CASES[name]) for name in names}
 
