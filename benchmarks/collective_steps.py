@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
+import functools
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -68,11 +68,16 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@functools.cache
+def _any_model() -> ModelConfig:
+    """With the fields of Megatron-Core, which only parsing brings."""
+    return parse(PretrainConfig, [], prog="ptrl pretrain").model
+
+
 def _config(case: Case) -> Any:
     model = {**MODEL, "ffn_hidden_size": 128, "share_embeddings_and_output_weights": case.tied, **case.model}
-    words = [f"--model.{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in model.items()]
     settings = {
-        "model": parse(PretrainConfig, words, prog="").model,
+        "model": dataclasses.replace(_any_model(), **model),
         "parallel": ParallelConfig(**case.parallel),
     }
     if case.stage in ("rl", "generate"):
