@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_ptrl.config import ModelConfig, PretrainConfig, RunConfig, SFTConfig
+from megatron_ptrl.config import ModelConfig, ParallelConfig, PretrainConfig, RunConfig, SFTConfig
 from megatron_ptrl.training.layout import Layout
 
 GIB = 1 << 30
@@ -21,6 +21,10 @@ class ParameterCount:
     num_layers: int
     num_moe_layers: int
     final_norm: int
+    per_layer_norms: int
+    """Of `per_layer_dense`; every tensor-parallel rank holds them."""
+    per_layer_query_key_norms: int
+    """Of these, the norms of queries and keys."""
 
     @property
     def total(self) -> int:
@@ -40,7 +44,8 @@ def count_parameters(model: ModelConfig, padded_vocab: int, ffn: int) -> Paramet
     if model.add_bias_linear or model.add_qkv_bias:
         attention += query + key_value
     attention += h if model.add_bias_linear else 0
-    attention += 2 * head_width if model.qk_layernorm else 0
+    query_key_norms = 2 * head_width if model.qk_layernorm else 0
+    attention += query_key_norms
     experts = getattr(model, "num_moe_experts", None)
     moe_layers = _moe_layers(model) if experts else 0
     dense_mlp = _mlp(model, ffn)
@@ -59,7 +64,29 @@ def count_parameters(model: ModelConfig, padded_vocab: int, ffn: int) -> Paramet
         num_layers=model.num_layers,
         num_moe_layers=moe_layers,
         final_norm=norm,
+        per_layer_norms=2 * norm + query_key_norms,
+        per_layer_query_key_norms=query_key_norms,
     )
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters on a rank of one pipeline stage of a dense model without biases, to the last one."""
+
+    total: int
+    norms: int
+    query_key_norms: int
+
+
+def parameters_of_stage(count: ParameterCount, parallel: ParallelConfig, place: int) -> StageParameters:
+    """Of a rank of stage `place`, from 0. A matrix that is tied lies on the first stage and on the last one."""
+    layers = count.num_layers // parallel.pp
+    first, last = place == 0, place == parallel.pp - 1
+    norms = layers * count.per_layer_norms + (count.final_norm if last else 0)
+    matrices = layers * (count.per_layer_dense - count.per_layer_norms)
+    matrices += count.embedding if first else 0
+    matrices += count.head or (0 if first else count.embedding) if last else 0
+    return StageParameters(matrices // parallel.tp + norms, norms, layers * count.per_layer_query_key_norms)
 
 
 def _mlp(model: ModelConfig, ffn: int) -> int:
@@ -79,9 +106,10 @@ def memory_per_rank(config: RunConfig, layout: Layout, count: ParameterCount, pa
     """Bytes on the fullest rank (first or last stage): weights, gradients, optimizer, activations, logits.
 
     Activations by the 34 s b h bytes a layer of bf16 of arXiv:2205.05198 without the s^2 terms, which torch's and
-    Transformer Engine's attention do not store; the first stage holds `pp` microbatches of its layers. Logits are
-    counted once, as the kernels need them, with `loss.recompute_logits` false beside the head's gradient in fp32; the
-    loss in torch operators needs about ten times that.
+    Transformer Engine's attention do not store, so that recomputing attention alone saves nothing more; the first stage
+    holds `pp` microbatches of its layers, and of its next chunks where it has several. Logits are counted once, as the
+    kernels need them, with `loss.recompute_logits` false beside the head's gradient in fp32; the loss in torch
+    operators needs about ten times that.
     """
     parallel, model = config.parallel, config.model
     stage_layers = count.num_layers / parallel.pp
@@ -99,15 +127,37 @@ def memory_per_rank(config: RunConfig, layout: Layout, count: ParameterCount, pa
     per_token_layer = (width / parallel.tp + replicated) * model.hidden_size
     with_logits = min(tokens, config.loss.chunk_tokens) if config.loss.impl == "linear" else tokens
     logits = with_logits * padded_vocab / parallel.tp * (2 if bf16 else 4)
+    if config.loss.impl == "megatron":
+        logits += with_logits * padded_vocab / parallel.tp * 4  # the softmax, kept in fp32
     if not config.loss.recompute_logits:
         logits += model.hidden_size * padded_vocab / parallel.tp * 4
     return {
         "weights": mine * (2 if bf16 else 4),
         "gradients": mine * 4,
         "optimizer": mine * (12 if bf16 else 8) / sharing,
-        "activations": tokens * per_token_layer * stage_layers * min(parallel.pp, layout.num_microbatches),
+        "activations": tokens * _held_layers(config, layout, stage_layers, width, per_token_layer),
         "logits": logits,
     }
+
+
+def _held_layers(config: RunConfig, layout: Layout, layers: float, width: int, per_token: float) -> float:
+    """Bytes of activations a token, of all layers and microbatches that the first stage holds at once.
+
+    per_token: of a layer that is kept whole. One that is recomputed leaves its input, 2 h bytes in bf16.
+    """
+    model, parallel = config.model, config.parallel
+    chunks = parallel.vpp or 1
+    # Interleaved, arXiv:2205.05198: p stages of v chunks hold 1 + (p - 1) / (p v) times what p whole stages hold.
+    more = 1 + (parallel.pp - 1) / (parallel.pp * chunks) if chunks > 1 else 1.0
+    in_flight = min(parallel.pp * more, layout.num_microbatches)
+    if getattr(model, "recompute_granularity", None) != "full":
+        return per_token * layers * in_flight
+    at_once = getattr(model, "recompute_num_layers", None) or 1
+    a_input = width / 17 * model.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
+    if getattr(model, "recompute_method", None) == "block":
+        recomputed = min(at_once * chunks, layers)
+        return ((layers - recomputed) * per_token + recomputed * a_input) * in_flight + per_token
+    return layers / at_once * a_input * in_flight + at_once * per_token
 
 
 def reference_memory(reference: PretrainConfig, layout: Layout, padded_vocab: int, ffn: int) -> float:
