@@ -23,7 +23,7 @@ from megatron_ptrl.data.rollouts import TrainedResponse, microbatches
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.rollout.engine import RolloutEngine
-from megatron_ptrl.rollout.rewards import make_rewarder
+from megatron_ptrl.rollout.rewards import check_judge, make_rewarder
 from megatron_ptrl.training import checkpoint, layers, mcore, policy_step, rl_plan, rollout_figures, rollout_files
 from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.engines import check_engine, make_engine
@@ -59,6 +59,8 @@ def check(config: RLConfig, world_size: int) -> tuple[Layout, Tokenizer]:
     mcore.transformer_config(config)
     check_schedule(config)
     check_engine(config)
+    if config.rollout.replay is None:
+        check_judge(config.judge)
     if not config.prompts.files:
         raise InputError("prompts.files is empty; expected prompt files, as `ptrl segment` writes them")
     if config.data.tokenizer is None:
