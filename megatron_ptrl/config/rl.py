@@ -63,7 +63,9 @@ class RolloutConfig:
     updates: int = 1
     """Optimizer steps on the responses of a step, each on its part of the prompts. 1 is strictly on-policy."""
     drop_equal_groups: bool = True
-    """Leave groups whose rewards are all the same out of the loss and its divisor; they have no gradient."""
+    """Leave groups whose rewards are all the same out of the loss and its divisor: their advantages are 0. With
+    policy.kl_coef they go without its pull, too, which false gives them; a step of nothing but such groups leaves the
+    weights as they are, however far from the reference."""
     resample: int = 0
     """How often in a step further prompts take the place of groups that were left out (DAPO's dynamic sampling)."""
     mask_truncated: bool = False

@@ -153,7 +153,7 @@ def _not_saved(path: Path, partial: Path, error: BaseException) -> BaseException
     takes = sum(read_manifest(last)["files"].values()) >> 20 if last else 0
     kept = f"{last}, which takes {takes:,} MiB, is whole" if last else "there is none before it"
     why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    if "inline_container" in why:  # what torch says of a file that took less than was written to it
+    if "inline_container" in why or "iostream" in why:  # what torch says of a file that took less than was written
         why = "a file was cut short"
     return InputError(
         f"checkpoint {path} was not saved ({free:,} MiB free there): {why}; {kept}. Make room and start the same "
