@@ -35,10 +35,11 @@ from megatron_ptrl.training import answer_prompts, checkpoint, layers, mcore, me
 from megatron_ptrl.training.answer_prompts import REJECTS, SAMPLES
 from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model
 from megatron_ptrl.training.layout import check_launched, check_layout
+from megatron_ptrl.training.rank_zero import from_rank_0
 from megatron_ptrl.training.resume import find_source
 from megatron_ptrl.training.rollouts import Judging, Responder, judges
 from megatron_ptrl.training.run import plain_settings
-from megatron_ptrl.training.score import WAIT_MINUTES, digest_of, from_rank_0, model_settings
+from megatron_ptrl.training.score import WAIT_MINUTES, digest_of, model_settings
 
 PLAN, TEXT, HARNESS = "plan.json", "text.jsonl", "harness.json"
 # What a figure does not follow from.
