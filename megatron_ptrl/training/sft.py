@@ -74,6 +74,7 @@ def _build(config: SFTConfig, tokenizer: Tokenizer, files: list[str], field: str
         template=make_template(config.data.template, tokenizer),
         seq_length=config.data.seq_length,
         too_long=config.data.too_long,
+        turns=config.data.turns,
     )
 
 
