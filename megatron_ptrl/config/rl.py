@@ -119,8 +119,8 @@ class RLConfig(RunConfig):
     run_dir: str = "runs/rl"
     """Everything of the run: config.yaml, metrics.jsonl, log.txt, checkpoints/, rollouts/, rejects.jsonl, plots/."""
     data: PromptRowsConfig = field(default_factory=PromptRowsConfig)
-    loss: LossConfig = field(default_factory=lambda: LossConfig(top_k=1))
-    """How log-probabilities are computed; nothing is shaped."""
+    loss: LossConfig = field(default_factory=lambda: LossConfig(top_k=1, mask_padding=True))
+    """How log-probabilities are computed, over the tokens without padding, as every engine does; nothing is shaped."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -143,6 +143,10 @@ class RLConfig(RunConfig):
             not (loss.beta or loss.lambda_head or loss.lambda_tail) and loss.impl != "megatron",
             "loss: the policy's log-probabilities come from the plain cross entropy; expected beta, lambda_head and "
             "lambda_tail 0 and impl reward_shaped or linear",
+        )
+        require(
+            loss.mask_padding,
+            "loss.mask_padding is false; expected true: engines draw from the tokens without the padding",
         )
         require(loss.recompute_logits, "loss.recompute_logits is false; expected true: the loss follows the forward")
         require(
