@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
-from megatron_ptrl.errors import InputError
+from megatron_ptrl.errors import FULL, InputError
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ _STAGES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, or 2 after bad input, which is told in one line."""
+    """Run one stage; returns the exit code: 0, or 2 after bad input or on a full disk, told in one line."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -99,6 +99,13 @@ def main(argv: list[str] | None = None) -> int:
         if error.rank is not None or os.environ.get("RANK", "0") == "0":
             where = f" (rank {error.rank})" if error.rank else ""
             print(f"ptrl {name}{where}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        told = f"{where}{error.strerror}; make room and start the same command again"
+        print(f"ptrl {name}: {told}", file=sys.stderr, flush=True)
         return 2
     return 0
 

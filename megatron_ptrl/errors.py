@@ -1,4 +1,9 @@
-"""The one exception that means "the input is wrong", told in one line."""
+"""The one exception that means "the input is wrong", told in one line; and a full disk, told alike."""
+
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of an OSError that means there is no more room: on the disk, in a quota, in one file."""
 
 
 class InputError(ValueError):

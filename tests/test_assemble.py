@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from thoughts import prose, rejected, thought, write_thoughts
 from tiny import run_tiny, tiny_config
 
+from megatron_ptrl.__main__ import main
 from megatron_ptrl.config import AssembleConfig, ThinkingFilterConfig
 from megatron_ptrl.data.indexed import read_meta
 from megatron_ptrl.data.indexed_output import PUBLISHED
@@ -245,3 +247,20 @@ def test_lines_come_back_in_order_and_with_their_numbers(seed, tmp_path):
     expected = [(number, text) for number, text in enumerate(lines, start=1) if text.strip()]
     assert [(line.number, line.content.decode().rstrip("\n")) for line in found] == expected * 2
     assert heard == sorted(heard) and heard[-1] == 2 * (tmp_path / "a.jsonl").stat().st_size
+
+
+# Too little for the tokenizer, and for the tokens.
+@pytest.mark.parametrize("largest", [1_000, 60_000])
+def test_a_full_disk_is_told_in_one_line(largest, tokenizer, tmp_path, capfd):
+    source = write_thoughts(tmp_path / "thoughts" / "00000.jsonl", THOUGHTS)
+    words = ["assemble", "--input", str(source), "--output", str(tmp_path / "train"), "--tokenizer", tokenizer]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    try:
+        assert main(words) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = capfd.readouterr().err
+    assert told.startswith("ptrl assemble: ") and "make room and start the same command again" in told, told
+    assert told.count("\n") == 1 and not (tmp_path / "train.idx").exists()
+    assert main(words) == 0

@@ -17,6 +17,7 @@ from megatron_ptrl.data.chat import (
     encode_prompt,
     make_template,
 )
+from megatron_ptrl.data.chat_store import Conversations, build_conversations
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
 from megatron_ptrl.errors import InputError
 
@@ -209,6 +210,59 @@ def test_what_cannot_be_learnt_exactly_is_refused(tmp_path, chatml, reason):
     with pytest.raises(InputError) as caught:
         encode_chat(jinja(tmp_path, source, chatml), chatml, [{"role": "user", "content": content}, *TALK[2:]])
     assert reason in str(caught.value)
+
+
+# As Qwen3's: thinking stays in the turns behind the last question alone.
+FORGETS = """{%- set ns = namespace(last=-1) %}
+{%- for message in messages if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endfor %}
+{%- set seen = namespace(users=-1) %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{% set seen.users = seen.users + 1 %}{% endif %}
+<|im_start|>{{ message.role }}
+{{ message.content if seen.users == ns.last else message.content.split('</think>')[-1] }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+THOUGHTFUL: list[Message] = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "<think>hm</think>hello hello"},
+    {"role": "user", "content": "again"},
+    {"role": "assistant", "content": "<think>well</think>be brief"},
+]
+
+
+def test_a_template_that_forgets_thinking_trains_each_turn_as_it_is_asked_for(tmp_path, chatml):
+    template = jinja(tmp_path, FORGETS, chatml)
+    with pytest.raises(InputError, match="rewrites what stood there .*; data.turns apart trains on each response"):
+        encode_chat(template, chatml, THOUGHTFUL)
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": THOUGHTFUL}) + "\n")
+    options = {"tokenizer": chatml, "template": template, "seq_length": 200, "too_long": "reject"}
+    with pytest.raises(InputError, match="data.turns apart"):
+        build_conversations([file], tmp_path / "cache", **options)
+    turns = Conversations(build_conversations([file], tmp_path / "cache", turns="apart", **options))
+    assert len(turns) == 2
+    for number, turn in enumerate((1, 3)):
+        ids, is_response = turns[number]
+        prompt = encode_prompt(template, chatml, THOUGHTFUL[:turn])
+        assert ids[: len(prompt)].tolist() == prompt.tolist() and not is_response[: len(prompt)].any()
+        assert is_response[len(prompt) :].all() and ids[-1] == chatml.eod
+        assert chatml.decode(ids[len(prompt) : -1]) == THOUGHTFUL[turn]["content"]
+        assert chatml.decode(prompt) == template.render(THOUGHTFUL[:turn], ask=True)
+    assert "hm" not in chatml.decode(turns[1][0]), "forgotten by the second turn"
+
+
+def test_turns_apart_are_those_together(tmp_path, tokenizer):
+    """Of a template that rewrites nothing: the same tokens, each response marked once."""
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": TALK}) + "\n")
+    options = {"tokenizer": tokenizer, "template": PlainTemplate(), "seq_length": 200, "too_long": "reject"}
+    (whole, marked), *none = Conversations(build_conversations([file], tmp_path / "cache", **options))
+    first, second = Conversations(build_conversations([file], tmp_path / "cache", turns="apart", **options))
+    assert not none and second[0].tolist() == whole.tolist() and first[0].tolist() == whole[: len(first[0])].tolist()
+    again = second[1].copy()
+    again[: len(first[1])] |= first[1]
+    assert again.tolist() == marked.tolist() and not (second[1][: len(first[1])] & first[1]).any()
 
 
 def test_plain_text_may_spell_special_tokens(tokenizer):

@@ -1,6 +1,7 @@
 """Save and load: exact on the same layout, the same training on another, and never a silent start from nothing."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,44 @@ OTHER_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp 2": (2, {}),
     "tp 2, pp 2, sp": (4, {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True}),
 }
+
+
+def save_on_a_full_disk(rank: int, world_size: int, settings: Settings, largest: int) -> str:
+    """What a run tells that finds no room for files of more than `largest` bytes when it saves for the second time."""
+    from megatron_ptrl.errors import InputError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pretraining(settings, world_size) as run:
+        save = run._save
+
+        def save_with_less_room() -> None:
+            if run.progress.step > SAVED:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+            save()
+
+        run._save = save_with_less_room
+        try:
+            run.run()
+        except (InputError, SystemExit) as end:
+            return str(end)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    raise AssertionError("it was saved")
+
+
+# Too little for the common state, which rank 0 alone writes, and for the tensors.
+@pytest.mark.parametrize("world_size, largest", [(1, 10), (2, 100_000)])
+def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(ranks, prefix, tmp_path, world_size, largest):
+    settings = tiny_config(prefix, tmp_path / "run", train__steps=STEPS, checkpoint__save_every=SAVED)
+    told, *others = ranks.run(world_size, save_on_a_full_disk, settings, largest)
+    folder = tmp_path / "run" / "checkpoints"
+    assert told.startswith(f"checkpoint {folder}/step_00000008 was not saved (") and "\n" not in told
+    assert "MiB free there): a file was cut short; " in told
+    assert f"{folder}/step_00000004, which takes " in told and " MiB, is whole. Make room" in told
+    assert others == ["2"] * (world_size - 1), "told once"
+    assert [path.name for path in folder.iterdir()] == ["step_00000004"], "nothing that keeps the disk full"
+    assert len(run_tiny(ranks, world_size, settings)) == STEPS
+    assert (folder / "step_00000008" / "run.json").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
+from rl_runs import make_prompts, rl_config
 from tiny import VOCAB, flags, tiny_config
 
 from megatron_ptrl.__main__ import _STAGES, main
@@ -31,6 +33,12 @@ def call(rank: int, world_size: int, command_lines: list[list[str]]) -> list[Ans
                 code = int(end.code or 0)
         answers.append((code, out.getvalue(), err.getvalue()))
     return answers
+
+
+def call_without(rank: int, world_size: int, package: str, command_lines: list[list[str]]) -> list[Answer]:
+    """`call` where `package` and what imports it are not there."""
+    with mock.patch.dict(sys.modules, {package: None}):
+        return call(rank, world_size, command_lines)
 
 
 def refused(answer: Answer, *parts: str) -> None:
@@ -215,3 +223,16 @@ def test_every_stage_has_a_help_page(ranks):
         assert code == 0 and f"usage: ptrl {stage}" in text
         assert "Config(" not in text, "a heading that is no sentence but a signature"
     assert "--loss.beta" in pages[list(_STAGES).index("pretrain")][1]
+
+
+def test_a_judge_whose_package_is_missing_is_refused_before_anything_is_built(ranks, prefix, tmp_path):
+    run_dir = tmp_path / "run"
+    asked = ["--judge.kind", "openai", "--judge.servers", "http://localhost:1"]
+    lines = [
+        ["rl", *flags(rl_config(prefix, [make_prompts(tmp_path / "prompts.jsonl", 4)], run_dir)), *asked],
+        ["evaluate", "--checkpoint", str(run_dir), "--prompts", str(tmp_path / "prompts.jsonl"), *asked],
+    ]
+    for package, words in (("aiohttp", lines), ("rapidfuzz", [line[: -len(asked)] for line in lines])):
+        for answer in ranks.run(1, call_without, package, words)[0]:
+            refused(answer, f"needs {package}; pip install megatron-ptrl[rl]")
+    assert not run_dir.exists()

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import time
+from contextlib import nullcontext
 
 import pytest
 from judging import answer, openai_config, prompt
@@ -13,7 +14,7 @@ from megatron_ptrl.errors import InputError
 from megatron_ptrl.records import Judgement
 from megatron_ptrl.rollout.judge_server import parse_score
 from megatron_ptrl.rollout.rewards import Rewarder, make_rewarder
-from megatron_ptrl.thinking.generators import Request
+from megatron_ptrl.thinking.generators import GeneratorUnusable, Request
 from megatron_ptrl.thinking.servers import Servers
 
 SECONDS = 60.0
@@ -138,6 +139,26 @@ def test_a_judge_that_is_down_stops_the_run_after_patience(model):
             judge(rewarder, *["right"] * 200)
         assert 0.9 < time.monotonic() - started < 15
         rewarder.close()
+
+
+def test_a_judge_that_breaks_on_everything_stops_the_run_long_before_patience(tmp_path):
+    """A server that is loading is not there, or says 503."""
+    with StubServer(tmp_path / "log", "--fault", "500", "--every", "1") as server:
+        rewarder = make_rewarder(openai_config([server.url], server={"patience": 120.0, "attempts": 9}))
+        started = time.monotonic()
+        with pytest.raises(InputError, match="judge: no server has ever answered with anything but an error.* 500"):
+            judge(rewarder, *["right"] * 3)
+        assert time.monotonic() - started < 30
+        rewarder.close()
+
+
+@pytest.mark.parametrize("trying, silent, stops", [(0, 2.5, True), (1, 2.5, False), (1, 4.5, True), (0, 1.5, False)])
+def test_a_trial_of_a_sick_server_is_waited_for_once(trying, silent, stops):
+    """Of several sick servers one is always being tried, so that no moment without any might come."""
+    servers = Servers(["http://a", "http://b"], ServerConfig(patience=2.0, timeout=2.0))
+    servers._servers[1].in_flight = trying
+    with pytest.raises(GeneratorUnusable, match="no server has answered for") if stops else nullcontext():
+        assert 0 < servers._check_patience(servers._last_reply + silent) <= 1.0
 
 
 def test_a_judge_that_dies_and_comes_back_and_one_that_starts_late(tmp_path):

@@ -14,9 +14,11 @@ from megatron_ptrl import (
     RewardShaping,
     linear_reward_shaped_cross_entropy,
     linear_reward_shaped_cross_entropy_with_stats,
+    reward_shaped_cross_entropy,
     reward_shaped_cross_entropy_with_stats,
 )
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.losses.padding import bar_padding_
 
 RANKED = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.05, top_k=20)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -54,6 +56,34 @@ def test_as_accurate_as_eager_for_every_shape(dtype, leading, options):
     torch.manual_seed(1)
     head = make_head(dtype, leading, 301, RANKED, **options)
     check(head, compute(head))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_can_be_left_out_of_the_softmax(dtype):
+    """As though the weight had no such rows, though they are the largest of all; dense logits alike."""
+    torch.manual_seed(3)
+    real, shaping = 250, RANKED
+    narrow = make_head(dtype, (33,), real, shaping)
+    exact = eager(narrow, torch.float64)
+    rival = rounded(eager(narrow, torch.float32), dtype)
+    hidden, weight = narrow.hidden.clone().requires_grad_(), torch.full((301, narrow.weight.shape[1]), 9.0, dtype=dtype)
+    weight[:real] = narrow.weight
+    weight.requires_grad_()
+    options = {"vocab_size": real, "chunk_tokens": 7, "mask_padding": True}
+    loss, _ = linear_reward_shaped_cross_entropy_with_stats(hidden, weight, narrow.target, shaping, **options)
+    of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight), narrow.upstream)
+    assert not of_weight[real:].any()
+    for ours, theirs, best in zip((loss, of_hidden, of_weight[:real]), rival, exact, strict=True):
+        assert_as_accurate(ours.detach(), theirs, best)
+
+    logits = (narrow.hidden @ weight.detach().t()).requires_grad_()
+    alone = logits.detach()[:, :real].clone().requires_grad_()
+    dense = reward_shaped_cross_entropy(bar_padding_(logits * 1, real), narrow.target, shaping, vocab_size=real)
+    without = reward_shaped_cross_entropy(alone, narrow.target, shaping)
+    torch.testing.assert_close(dense, without)
+    (found,), (expected,) = torch.autograd.grad(dense.sum(), logits), torch.autograd.grad(without.sum(), alone)
+    torch.testing.assert_close(found[:, :real], expected)
+    assert not found[:, real:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -112,7 +112,37 @@ def test_table_numbers(tmp_path):
     assert table["held-out CE"] == ["4.7500", "4.7500"]
     assert table["best held-out CE"] == ["4.5000", "4.5000"]
     assert table["held-out perplexity"] == ["115.5000", "115.5000"]
-    assert table["held-out entropy"] == ["-", "-"]
+    assert "held-out entropy" not in table, "no run has it"
+
+
+def test_table_of_reinforcement(tmp_path):
+    """Reward, gate, lengths and what was evaluated; nothing that no run has."""
+    plain, reinforced = make_run(tmp_path / "plain", shaped=False), tmp_path / "rl"
+    reinforced.mkdir()
+    rows = [
+        {"step": step, "consumed_tokens": 100 * step, "loss": 0.0, "reward": 0.1 * step, "reward_asr": 0.2 * step}
+        for step in (1, 2, 3)
+    ]
+    rows[1]["reward_msr"] = 0.5  # the last step had no prompt of this task
+    rows[2] |= {"response_tokens_mean": 12.5, "gate_failed_share": 0.25, "truncated_share": 0.0}
+    (reinforced / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in (2, 3):
+        results = {"consumed_tokens": 100 * step, "figures": {"asr/accuracy": {"value": step / 10}}}
+        folder = reinforced / "evaluations" / f"step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(results))
+
+    def table_of(*runs):
+        lines = [line.strip("|").split("|") for line in summary_table(list(runs)).splitlines()[2:]]
+        return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
+
+    expected = {"reward": "0.3000", "reward asr": "0.6000", "reward msr": "0.5000", "failed the gate": "0.2500"}
+    expected |= {"response (tokens)": "12.5000", "responses cut off": "0.0000", "evaluated asr/accuracy": "0.3000"}
+    alone, both = table_of(reinforced), table_of(plain, reinforced)
+    for name, value in expected.items():
+        assert alone[name] == [value] and both[name] == ["-", value], name
+    assert set(alone) == {"steps", "consumed tokens", "train loss", *expected}, "no rows of dashes"
+    assert "held-out CE" in both and "train entropy" not in both and list(both)[:2] == ["steps", "consumed tokens"]
 
 
 def test_cut_off_last_line_is_left_out_with_a_note(tmp_path, caplog):

@@ -227,10 +227,18 @@ def test_a_step_without_any_difference_leaves_the_weights_alone(ranks, prefix, t
     rows = run_rl(ranks, 1, settings, Generous())
     assert [row["updates"] for row in rows] == [0.0] * 3 and rows[-1]["consumed_samples"] == 3 * 3 * 4
     assert all(row["all_right_share"] == 1 and row["num_tokens"] == 0 and row["passes"] == 3 for row in rows)
-    assert "all groups have equal rewards" in (tmp_path / "run" / "log.txt").read_text()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert [f"step {n}: nothing was learnt from {n} steps" in log for n in (1, 2, 3)] == [True, True, False]
+    assert log.count("\nnothing was learnt from 3 steps so far (responses all right in 3)") == 1, "at the end, too"
+    assert log.count("the prompts are too easy") == 3
+    # Of the weights that answered, on what they answered.
+    assert all(0 < row["logprob_difference"] + 1e-9 < 1e-5 and row["ratio"] == 1 and row["entropy"] > 1 for row in rows)
     kept = settings | {"run_dir": str(tmp_path / "kept"), "rollout.drop_equal_groups": False, "train.steps": 1}
     (row,) = run_rl(ranks, 1, kept, Generous())
     assert row["num_tokens"] > 0 and row["updates"] == 1 and row["grad_norm"] == 0 and row["passes"] == 1
+    assert all(list(row) == list(idle) for idle in rows), "every step logs the same figures"
+    (learnt,) = run_rl(ranks, 1, settings | {"run_dir": str(tmp_path / "learnt"), "train.steps": 1})
+    assert list(learnt) == list(row) and learnt["updates"] == 1
 
 
 def test_truncated_responses_can_be_left_out(ranks, prefix, tmp_path, prompts, start):

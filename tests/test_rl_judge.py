@@ -1,14 +1,17 @@
 """`ptrl rl` with a judge behind a server: what it says, what it does not say, and that it is not there."""
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import Ranks
-from rl_runs import make_prompts, read_rl_metrics, read_rollouts, reinforcement, rl_config
+from rl_runs import Letters, make_prompts, read_rl_metrics, read_rollouts, reinforcement, rl_config
 from stub_llm_server import StubServer
 from tiny import Metrics, Settings
+
+from megatron_ptrl.records import Judgement, Prompt
 
 TAGGED = "<|startofprediction|>{}<|endofprediction|>"
 # The server says 1 to what the reference, "x y", begins with, and something else than a score to what is poison.
@@ -80,3 +83,28 @@ def test_a_server_that_is_down_stops_the_run_in_one_line(ranks: Ranks, prefix: s
     told = ranks.run(1, judged_by_a_server, settings)[0]
     assert "no server has answered for" in told and url in told and "\n" not in told
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def stopped_by_its_judge(rank: int, world_size: int, settings: Settings) -> tuple[int, str]:
+    """How many responses a run had judged whose judge refuses the first one at once; and what stopped it."""
+    from megatron_ptrl.errors import InputError
+
+    class Gone(Letters):
+        asked = 0
+
+        def submit(self, prompt: Prompt, response: str, *, truncated: bool) -> Future[Judgement]:
+            self.asked += 1
+            future: Future[Judgement] = Future()
+            future.set_exception(InputError("judge: there is none"))
+            return future
+
+    gone = Gone()
+    with reinforcement(settings, world_size, gone) as run, pytest.raises(InputError) as caught:
+        run.run()
+    return gone.asked, str(caught.value)
+
+
+def test_no_more_is_written_for_a_judge_that_has_gone(ranks: Ranks, prefix: str, tmp_path: Path) -> None:
+    prompts: list[str | float] = [make_prompts(tmp_path / "prompts.jsonl", 4)]
+    settings = rl_config(prefix, prompts, tmp_path / "run", train__steps=1, rollout__batch=1)
+    assert ranks.run(1, stopped_by_its_judge, settings)[0] == (1, "judge: there is none")

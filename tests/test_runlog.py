@@ -51,6 +51,19 @@ def test_progress_lines_carry_figures_rate_and_time_to_go(tmp_path, capsys):
     assert "s to go" in (tmp_path / "log.txt").read_text()
 
 
+def test_the_line_of_reinforcement_has_the_reward_by_task_and_what_the_gate_failed(tmp_path, capsys):
+    log = open_log(tmp_path, every=1)
+    figures = {"reward": 0.25, "reward_asr": 0.3, "reward_msr": 0.2, "gate_failed_share": 0.125, "entropy": 1.5}
+    log.progress({"step": 1, "tokens_per_second": 1.0, "loss": 0.0, **figures})
+    log.progress({"step": 2, "tokens_per_second": 1.0, "loss": 0.0, "reward": 0.25, "reward_asr": 0.25})
+    log.close()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "step 1/9  reward 0.2500 (asr 0.30, msr 0.20), gate failed 12%, loss 0.0000, entropy 1.5000"
+    )
+    assert second.startswith("step 2/9  reward 0.2500, loss 0.0000  1 tokens/s")
+
+
 def test_weights_and_biases_gets_every_figure_in_one_chart(tmp_path, monkeypatch: pytest.MonkeyPatch):
     started, logged = [], []
     run = types.SimpleNamespace(log=lambda figures, step: logged.append((step, figures)), finish=lambda: None)

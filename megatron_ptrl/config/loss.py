@@ -61,8 +61,15 @@ class LossConfig(RewardShaping):
     """False: `linear` computes the gradients in the forward and no logits twice. The gradient of its weight then waits
     for the backward in fp32."""
 
+    mask_padding: bool = False
+    """Leave the columns that pad the vocabulary out of the softmax, in which Megatron has them."""
+
     def __post_init__(self) -> None:
         RewardShaping.__post_init__(self)
+        require(
+            not self.mask_padding or (self.impl != "megatron" and self.recompute_logits),
+            "loss.mask_padding is true; expected loss.impl reward_shaped or linear, and recompute_logits",
+        )
         require(self.chunk_tokens >= 1, f"loss.chunk_tokens is {self.chunk_tokens}; expected >= 1")
         require(
             self.recompute_logits or self.impl == "linear",

@@ -17,7 +17,8 @@ class PolicyLossConfig:
     clip_high: float = 0.2
     """The ratio is cut off above `1 + clip_high`; 0.28 with a clip_low of 0.2 is DAPO's clip-higher."""
     kl_coef: float = 0.0
-    """Nats of loss per nat of KL(policy || reference). 0 runs no reference."""
+    """Nats of loss per nat of KL(policy || reference), over the tokens that the loss is computed on: none of a group
+    that rollout.drop_equal_groups leaves out. 0 runs no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """d = log(policy / reference): k1 is d, whose gradient has mean 0; k2 is d^2 / 2; k3 is exp(-d) + d - 1, GRPO's."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"

@@ -63,7 +63,9 @@ class RolloutConfig:
     updates: int = 1
     """Optimizer steps on the responses of a step, each on its part of the prompts. 1 is strictly on-policy."""
     drop_equal_groups: bool = True
-    """Leave groups whose rewards are all the same out of the loss and its divisor; they have no gradient."""
+    """Leave groups whose rewards are all the same out of the loss and its divisor: their advantages are 0. With
+    policy.kl_coef they go without its pull, too, which false gives them; a step of nothing but such groups leaves the
+    weights as they are, however far from the reference."""
     resample: int = 0
     """How often in a step further prompts take the place of groups that were left out (DAPO's dynamic sampling)."""
     mask_truncated: bool = False
@@ -117,8 +119,8 @@ class RLConfig(RunConfig):
     run_dir: str = "runs/rl"
     """Everything of the run: config.yaml, metrics.jsonl, log.txt, checkpoints/, rollouts/, rejects.jsonl, plots/."""
     data: PromptRowsConfig = field(default_factory=PromptRowsConfig)
-    loss: LossConfig = field(default_factory=lambda: LossConfig(top_k=1))
-    """How log-probabilities are computed; nothing is shaped."""
+    loss: LossConfig = field(default_factory=lambda: LossConfig(top_k=1, mask_padding=True))
+    """How log-probabilities are computed, over the tokens without padding, as every engine does; nothing is shaped."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -141,6 +143,10 @@ class RLConfig(RunConfig):
             not (loss.beta or loss.lambda_head or loss.lambda_tail) and loss.impl != "megatron",
             "loss: the policy's log-probabilities come from the plain cross entropy; expected beta, lambda_head and "
             "lambda_tail 0 and impl reward_shaped or linear",
+        )
+        require(
+            loss.mask_padding,
+            "loss.mask_padding is false; expected true: engines draw from the tokens without the padding",
         )
         require(loss.recompute_logits, "loss.recompute_logits is false; expected true: the loss follows the forward")
         require(

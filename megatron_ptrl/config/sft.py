@@ -19,6 +19,9 @@ class ChatDataConfig(RowsConfig):
     template: str = "plain"
     """How turns are written: `plain`, or the chat template of a Hugging Face model, its tokenizer_config.json or
     .jinja file. Then data.eod_token has to be the token that the template ends a response with."""
+    turns: Literal["together", "apart"] = "together"
+    """`together`: all responses of a conversation are trained on in one row. `apart`: each in its own, behind what the
+    template writes before it at that moment; for templates that drop the thinking of earlier turns, as Qwen3's does."""
     too_long: Literal["reject", "cut"] = "reject"
     """What becomes of a conversation that does not fit into a row: put aside, or its end cut off; both are counted."""
     isolate_documents: bool = True

@@ -23,6 +23,10 @@ Encoded = tuple[numpy.ndarray, numpy.ndarray]
 """Token ids, int32, and whether each is of a response, bool."""
 
 
+class Rewritten(InputError):
+    """A template that writes earlier turns otherwise than when they were asked for, as without their thinking."""
+
+
 class ChatTemplate(Protocol):
     """How a conversation is written for a model."""
 
@@ -69,10 +73,10 @@ def make_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 def encode_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> numpy.ndarray:
     """Ids, int32, of the conversation up to where the assistant's next turn begins.
 
-    Without earlier responses these are the ids of `template.render(messages, ask=True)`. Raises InputError as
-    `chat_parts`.
+    Without earlier responses these are the ids of `template.render(messages, ask=True)`, and so they are where the
+    template rewrites earlier turns. Raises InputError as `chat_parts` for anything else.
     """
-    return next(encode_parts(template, tokenizer, [chat_parts(template, tokenizer, messages, ask=True)]))[0]
+    return next(encode_parts(template, tokenizer, [_prompt_parts(template, tokenizer, messages)]))[0]
 
 
 def encode_chat(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
@@ -95,10 +99,7 @@ def chat_parts(
     Raises InputError for a message that spells a special token where the template's names of them mean them, and for
     a template that rewrites earlier turns, leaves a response out or ends it by another token than `eod_token`.
     """
-    if template.markup:
-        spelled = next(filter(None, (tokenizer.find_special(message["content"]) for message in messages)), None)
-        if spelled:
-            raise InputError(f"a message spells the special token {spelled}")
+    _check_spelling(template, tokenizer, messages)
     parts: list[Part] = []
     done = ""
     for turn, message in enumerate(messages):
@@ -113,10 +114,51 @@ def chat_parts(
     return parts
 
 
+def turns_apart(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[Part]]:
+    """For each response a conversation that ends with it, behind the prompt that `encode_prompt` asks with.
+
+    For templates that rewrite earlier turns: what stands before a response is as the template has it at that moment.
+    Raises InputError as `chat_parts` for anything else.
+    """
+    _check_spelling(template, tokenizer, messages)
+    found: list[list[Part]] = []
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            question = template.render(messages[:turn], ask=True)
+            answered = _continued(template, messages[: turn + 1], question, ask=False)
+            response, _ = _response(answered[len(question) :], template, tokenizer)
+            found.append([*_prompt_parts(template, tokenizer, messages[:turn]), (response, True)])
+    return found
+
+
+def last_response(encoded: Encoded) -> Encoded:
+    """`encoded` with no response marked but the last."""
+    ids, is_response = encoded
+    begin = numpy.flatnonzero(~is_response)[-1] + 1
+    return ids, is_response & (numpy.arange(len(ids)) >= begin)
+
+
+def _prompt_parts(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Part]:
+    try:
+        return chat_parts(template, tokenizer, messages, ask=True)
+    except Rewritten:
+        return [(template.render(messages, ask=True), False)]
+
+
+def _check_spelling(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+    if template.markup:
+        spelled = next(filter(None, (tokenizer.find_special(message["content"]) for message in messages)), None)
+        if spelled:
+            raise InputError(f"a message spells the special token {spelled}")
+
+
 def _continued(template: ChatTemplate, messages: Sequence[Message], begin: str, *, ask: bool) -> str:
     text = template.render(messages, ask=ask)
     if not text.startswith(begin):
-        raise InputError(f"template {template.name} rewrites what stood there when an earlier turn was asked for")
+        raise Rewritten(
+            f"template {template.name} rewrites what stood there when an earlier turn was asked for; data.turns apart "
+            "trains on each response by itself, behind what the template writes before it"
+        )
     return text
 
 

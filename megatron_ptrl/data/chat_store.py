@@ -17,7 +17,16 @@ from typing import Any, Literal
 
 import numpy
 
-from megatron_ptrl.data.chat import ChatTemplate, Encoded, Part, chat_parts, check_ends, encode_parts
+from megatron_ptrl.data.chat import (
+    ChatTemplate,
+    Encoded,
+    Part,
+    chat_parts,
+    check_ends,
+    encode_parts,
+    last_response,
+    turns_apart,
+)
 from megatron_ptrl.data.conversations import read_conversations
 from megatron_ptrl.data.corpus import Rejects
 from megatron_ptrl.data.tokenizer import Tokenizer
@@ -69,11 +78,13 @@ def build_conversations(
     template: ChatTemplate,
     seq_length: int,
     too_long: Literal["reject", "cut"],
+    turns: Literal["together", "apart"] = "together",
 ) -> Path:
     """Folder of the tokenized conversations of `files`, made in `cache` unless it is there already. For one process.
 
     too_long: what becomes of a conversation with more than `seq_length` + 1 tokens; one that is cut loses its end, and
     goes to the rejects where no response is left
+    turns: `apart` makes a conversation of each response, behind what was said before it
     Cost: reads the files twice; holds a thousand conversations. Raises InputError where none is usable.
     """
     identity = {
@@ -83,6 +94,8 @@ def build_conversations(
         "template": template.identity,
         "seq_length": seq_length,
         "too_long": too_long,
+        # Not named by default, so that a run keeps the folder that it was begun with.
+        **({"turns": turns} if turns != "together" else {}),
     }
     name = "conversations-" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder, partial = cache / name, cache / f".{name}.partial"
@@ -92,7 +105,7 @@ def build_conversations(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with Rejects(partial / "rejects.jsonl") as rejects:
-            encoded = _encode(files, tokenizer, template, rejects)
+            encoded = _encode(files, tokenizer, template, rejects, turns)
             about = _write(partial, _fitting(encoded, seq_length, too_long, rejects))
         about["rejected"] = dict(rejects.counts.most_common())
         if not about["conversations"]:
@@ -109,19 +122,32 @@ _Placed = tuple[Encoded, str, int]
 """A conversation, its file and line."""
 
 
-def _encode(files: Sequence[Path], tokenizer: Tokenizer, template: ChatTemplate, rejects: Rejects) -> Iterator[_Placed]:
+def _encode(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    rejects: Rejects,
+    turns: Literal["together", "apart"],
+) -> Iterator[_Placed]:
+    """The conversations, or with `apart` one for each response, marked alone: the others have theirs."""
     read = read_conversations(files, rejects)
     while several := list(itertools.islice(read, _ENCODED_AT_ONCE)):
         chats: list[list[Part]] = []
         places: list[tuple[str, int]] = []
         for messages, file, line in several:
             try:
-                chats.append(chat_parts(template, tokenizer, messages))
-                places.append((file, line))
+                if turns == "apart":
+                    found = turns_apart(template, tokenizer, messages)
+                else:
+                    found = [chat_parts(template, tokenizer, messages)]
+                chats += found
+                places += [(file, line)] * len(found)
             except InputError as reason:
                 rejects.add(file, line, str(reason))
         for encoded, (file, line) in zip(encode_parts(template, tokenizer, chats), places, strict=True):
             try:
+                if turns == "apart":
+                    encoded = last_response(encoded)
                 check_ends(encoded, tokenizer)
                 yield encoded, file, line
             except InputError as reason:

@@ -63,6 +63,21 @@ def read_metrics(run: Path) -> RunMetrics:
     return RunMetrics(run, [train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)])
 
 
+def read_evaluations(run: Path) -> list[tuple[float, dict[str, Any]]]:
+    """(training tokens, figures by name) of each evaluation of a checkpoint of the run, by `ptrl evaluate`, in order.
+
+    Raises InputError for results that are none.
+    """
+    found = []
+    for path in sorted(run.glob("evaluations/*/results.json")):
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            found.append((float(results["consumed_tokens"]), dict(results["figures"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: {error!r}; expected results as `ptrl evaluate` writes them") from error
+    return sorted(found, key=lambda pair: pair[0])
+
+
 def parse_line(line: str, where: str) -> dict[str, Any]:
     """The object on `line`; an empty one for a blank line and for a last line that was cut off.
 

@@ -13,12 +13,12 @@ import math
 from dataclasses import dataclass
 from itertools import accumulate, count, takewhile
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from megatron_ptrl.config import ReportConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.evaluation.metrics import RunMetrics, is_finite, read_metrics
+from megatron_ptrl.evaluation.run_table import run_table
 from megatron_ptrl.evaluation.sample_rollouts import write_sample_rollouts
 from megatron_ptrl.evaluation.scaling_report import write_scaling
 from megatron_ptrl.evaluation.token_weights import write_token_weights
@@ -80,16 +80,6 @@ _PLOTS: dict[str, tuple[_Panel, ...]] = {
 _WEIGHT_BIN = "remit_weight_bin_{}"
 """Share of the tokens whose weight is in this tenth, or whatever part, of the span from the lower edge to the upper."""
 
-_SUMMARY = {
-    "loss": "loss",
-    "CE": "ce",
-    "entropy": "entropy",
-    "target probability": "target_probability",
-    "head mass": "head_mass",
-    "tail mass": "tail_mass",
-}
-"""Rows of the table that exist for training and held-out data, and their keys."""
-
 _SMOOTH_FROM = 50
 """A shorter run is drawn as it is: each of its steps can be seen."""
 
@@ -126,7 +116,7 @@ def run(config: ReportConfig) -> None:
     runs = [Path(name) for name in config.runs]
     output = Path(config.output) if config.output is not None else runs[0] / "plots"
     labelled = _read(runs)
-    table = _table(labelled)
+    table = run_table(labelled)
     try:
         plots = _draw_all(labelled, output)
         folders = {label: metrics.path for label, metrics in labelled.items()}
@@ -161,9 +151,10 @@ def draw_plots(runs: list[Path], output: Path) -> list[Path]:
 def summary_table(runs: list[Path]) -> str:
     """A Markdown table, a column per run: its last training step, its last evaluation, its best one.
 
-    `time` is the sum of the logged steps, `tokens/s` their median. A value that was not logged is a dash.
+    `time` is the sum of the logged steps, `tokens/s` their median. A value that was not logged is a dash, a row that no
+    run has is left out.
     """
-    return _table(_read(runs))
+    return run_table(_read(runs))
 
 
 def _draw_all(labelled: dict[str, RunMetrics], output: Path) -> list[Path]:
@@ -186,19 +177,6 @@ def _draw_all(labelled: dict[str, RunMetrics], output: Path) -> list[Path]:
             _draw_histogram(shares, list(labelled)).savefig(path, format="png")
             written.append(path)
     return written
-
-
-def _table(labelled: dict[str, RunMetrics]) -> str:
-    columns = [_summary(metrics) for metrics in labelled.values()]
-    rows = [["", *labelled], *([name, *(column[name] for column in columns)] for name in columns[0])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"| {' | '.join(_pad(cell, i, widths[i]) for i, cell in enumerate(row))} |" for row in rows]
-    rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _pad(cell: str, column: int, width: int) -> str:
-    return cell.ljust(width) if column == 0 else cell.rjust(width)
 
 
 def _read(runs: list[Path]) -> dict[str, RunMetrics]:
@@ -312,28 +290,3 @@ def _draw_run(axes: "Axes", metrics: RunMetrics, panel: _Panel, unit: str, look:
     if panel.valid_key:
         steps, values = metrics.series(panel.valid_key, metrics.valid)
         axes.plot(place(steps), values, color=look["color"], linestyle="none", zorder=3, **_MARKER)
-
-
-def _summary(metrics: RunMetrics) -> dict[str, str]:
-    train = metrics.train[-1] if metrics.train else {}
-    valid = metrics.valid[-1] if metrics.valid else {}
-    rates, seconds = (metrics.series(key, metrics.train)[1] for key in ("tokens_per_second", "step_seconds"))
-    _, held_out = metrics.series("valid_ce", metrics.valid)
-    column = {
-        "steps": _text(train.get("step"), "{:,.0f}"),
-        "consumed tokens": _text(train.get("consumed_tokens"), "{:,.0f}"),
-        "time (s)": _text(sum(seconds) if seconds else None, "{:,.1f}"),
-        "tokens/s": _text(median(rates) if rates else None, "{:,.0f}"),
-    }
-    for name, key in _SUMMARY.items():
-        column[f"train {name}"] = _text(train.get(key))
-    column["held-out step"] = _text(valid.get("step"), "{:,.0f}")
-    for name, key in _SUMMARY.items():
-        column[f"held-out {name}"] = _text(valid.get(f"valid_{key}"))
-    column["held-out perplexity"] = _text(valid.get("valid_perplexity"))
-    column["best held-out CE"] = _text(min(held_out, default=None))
-    return column
-
-
-def _text(value: Any, form: str = "{:.4f}") -> str:
-    return form.format(value) if is_finite(value) else "-"

@@ -48,10 +48,11 @@ def sample_figures(
         problems = [Problem(answers, right) for _, (answers, right) in sorted(tally.problems.items())]
         measures = figures(problems, ks, samples=wanted, resamples=resamples, seed=seed)
         if task != "rlvr":
+            # Accuracy is the mean that pass@1 would be once more.
             measures = {
                 "accuracy" if key == f"avg@{wanted}" else key: value
                 for key, value in measures.items()
-                if not key.startswith(("cons@", "tied@"))
+                if key != "pass@1" and not key.startswith(("cons@", "tied@"))
             }
         found |= {f"{name}/{key}": value for key, value in measures.items()}
         counts[name] = {

@@ -3,14 +3,13 @@
 metrics.jsonl, or evaluations/*/results.json  ->  (tokens, values)  ->  scaling.fit  ->  scaling_METRIC.md, .png
 """
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.evaluation.metrics import RunMetrics, is_finite
+from megatron_ptrl.evaluation.metrics import RunMetrics, is_finite, read_evaluations
 from megatron_ptrl.evaluation.scaling import FORMS, Estimate, Fit, fit
 
 if TYPE_CHECKING:
@@ -35,25 +34,13 @@ def points_of(metrics: RunMetrics, metric: str) -> Points:
     steps, values = metrics.series(metric, metrics.valid)
     if steps and counted:
         return [metrics.tokens_at(step) for step in steps], values
-    found = _evaluated(metrics.path)
+    found = read_evaluations(metrics.path)
     pairs = [(tokens, figures[metric]["value"]) for tokens, figures in found if metric in figures]
     if not pairs:
         known = {name for line in (*metrics.train[-1:], *metrics.valid[-1:]) for name in line if is_finite(line[name])}
         known |= {name for _, figures in found for name in figures}
         raise InputError(f"{metrics.path} has no {metric}; expected one of {', '.join(sorted(known))}")
     return [tokens for tokens, _ in pairs], [value for _, value in pairs]
-
-
-def _evaluated(run: Path) -> list[tuple[float, dict[str, Any]]]:
-    """(tokens, figures by name) of each evaluation of a checkpoint of the run."""
-    found = []
-    for path in sorted(run.glob("evaluations/*/results.json")):
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-            found.append((float(results["consumed_tokens"]), dict(results["figures"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: {error!r}; expected results as `ptrl evaluate` writes them") from error
-    return sorted(found, key=lambda pair: pair[0])
 
 
 def write_scaling(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.losses.padding import bar_padding_
 from megatron_ptrl.losses.reward_shaped_ce import DTYPES, Call, all_gather, check_top_k
 
 # torch 2.13 deprecates the older name.
@@ -25,6 +26,7 @@ class Head:
     sequence_parallel: bool
     chunk_tokens: int
     gradient_accumulation_fusion: bool
+    mask_padding: bool = False
 
     @property
     def parts(self) -> int:
@@ -47,12 +49,13 @@ def all_tokens(hidden: Tensor, head: Head) -> Tensor:
     return every
 
 
-def chunks(rows: Tensor, weight: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+def chunks(rows: Tensor, weight: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
     """Which tokens, and their logits; the next ones take the same memory."""
-    logits = rows.new_empty(min(chunk_tokens, len(rows)), len(weight))
-    for start in range(0, len(rows), chunk_tokens):
-        part = slice(start, min(start + chunk_tokens, len(rows)))
-        yield part, torch.mm(rows[part], weight.t(), out=logits[: part.stop - start])
+    logits = rows.new_empty(min(head.chunk_tokens, len(rows)), len(weight))
+    real = head.call.ranked(len(weight)) if head.mask_padding else len(weight)
+    for start in range(0, len(rows), head.chunk_tokens):
+        part = slice(start, min(start + head.chunk_tokens, len(rows)))
+        yield part, bar_padding_(torch.mm(rows[part], weight.t(), out=logits[: part.stop - start]), real)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

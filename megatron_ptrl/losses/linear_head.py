@@ -75,13 +75,16 @@ def linear_reward_shaped_cross_entropy_with_stats(
     vocab_size: int | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     gradient_accumulation_fusion: bool = False,
+    mask_padding: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """`linear_reward_shaped_cross_entropy` and, from the same read of the logits, the statistics of each token.
+
+    mask_padding: the columns behind `vocab_size` have no part in the softmax, nor any gradient
 
     Always ranks: the all-gather carries the `top_k` logits even where no reward depends on them.
     """
     call = Call(shaping, tp_group, False, ignore_index, vocab_size, with_stats=True)
-    head = Head(call, sequence_parallel, chunk_tokens, gradient_accumulation_fusion)
+    head = Head(call, sequence_parallel, chunk_tokens, gradient_accumulation_fusion, mask_padding)
     loss, stats = _apply(hidden, weight, target, head)
     logprob, entropy, head_mass, target_in_head = stats.view(ops.STATS, *target.shape)
     return loss, TokenStats(logprob, entropy, head_mass, target_in_head.bool())
@@ -100,7 +103,7 @@ class _LinearRewardShapedCrossEntropy(torch.autograd.Function):
         rows = all_tokens(hidden, head)
         numbers = rows.new_empty(len(rows), ops.NUMBERS, dtype=sum_dtype(rows))
         keys = rows.new_empty(len(rows), call.top_k)
-        for part, logits in chunks(rows, weight, head.chunk_tokens):
+        for part, logits in chunks(rows, weight, head):
             numbers[part], keys[part] = ops.reward_shaped_ce_stats(
                 logits, ids[part], *place, call.top_k, call.with_stats, call.ignore_index
             )
@@ -131,7 +134,7 @@ class _LinearRewardShapedCrossEntropy(torch.autograd.Function):
         grad_weight = ctx.main_grad
         if for_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=sum_dtype(weight))
-        for part, logits in chunks(rows, weight, head.chunk_tokens):
+        for part, logits in chunks(rows, weight, head):
             ops.reward_shaped_ce_grad_(logits, ids[part], upstream[part], coefficients[part], *ctx.place)
             if grad_rows is not None:
                 add_product(grad_rows[part], logits, weight)

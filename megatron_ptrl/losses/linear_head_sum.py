@@ -125,7 +125,7 @@ class _LinearRewardShapedCrossEntropySum(torch.autograd.Function):
         # Over a group this is one of several terms, and rounded only when they are summed.
         grad_rows = torch.zeros_like(rows, dtype=rows.dtype if call.shards == 1 else dtype) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if for_weight else None
-        for part, logits in chunks(rows, weight, head.chunk_tokens):
+        for part, logits in chunks(rows, weight, head):
             share = upstream[part] if for_hidden or for_weight else None
             loss[part], stats[:, part] = _loss_and_gradient_(logits, ids[part], share, target, call)
             if grad_rows is not None:

@@ -26,8 +26,8 @@ class Generation:
     token_ids: list[int]
     """Without the prompt, the end-of-document token that ended it included."""
     logprobs: list[float]
-    """Of each of them, in nats, under the distribution that it was drawn from; the columns that pad a vocabulary count
-    as in the trainer's softmax."""
+    """Of each of them, in nats, under the distribution that it was drawn from, which has no columns that pad the
+    vocabulary."""
     finish_reason: str
     """"stop", or "length" for one that was cut off."""
 

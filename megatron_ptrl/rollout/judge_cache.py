@@ -4,7 +4,6 @@ One file of lines, appended to by any number of processes, each line in one writ
 what a killed process left torn spoils no line but its own.
 """
 
-import errno
 import hashlib
 import logging
 import os
@@ -12,13 +11,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from megatron_ptrl.errors import InputError
+from megatron_ptrl.errors import FULL, InputError
 from megatron_ptrl.rollout.judge_server import ServerJudge
 
 logger = logging.getLogger(__name__)
 
 _LINE = re.compile(rb"([0-9a-f]{32}) ([01])")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class JudgeCache:
@@ -34,7 +32,7 @@ class JudgeCache:
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             self._catch_up()
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise InputError(f"judge.cache {path}: {error}; expected a file to write to, or null") from error
             self._turn_off(error.strerror)
 

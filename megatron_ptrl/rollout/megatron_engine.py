@@ -51,7 +51,7 @@ class MegatronEngine:
     """A `RolloutEngine` on the chunks that are trained.
 
     chunks: the one chunk of this rank, as the training loop has it   eod: the token that ends a response
-    vocab_size: tokens of the tokenizer; what pads them is never drawn, and is in the softmax as in training
+    vocab_size: tokens of the tokenizer; what pads them is neither drawn nor in the softmax
     batch: rows of a forward pass, at most
 
     Prompt and response share data.seq_length tokens. Memory while it generates: `kv_cache.KVCache`'s for `batch` rows.

@@ -137,8 +137,16 @@ class Rewarder:
         return judgement
 
 
+def check_judge(config: JudgeConfig) -> None:
+    """InputError where the package that `judge.kind` needs is missing."""
+    package = {"lexical": "rapidfuzz", "openai": "aiohttp"}[config.kind]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"judge.kind {config.kind} needs {package}; pip install megatron-ptrl[rl]")
+
+
 def make_rewarder(config: JudgeConfig) -> Rewarder:
     """The rewarder that the settings name, its thread running. Raises InputError for what cannot work."""
+    check_judge(config)
     if config.kind == "openai":
         from megatron_ptrl.rollout.judge_server import ServerJudge
 
@@ -149,8 +157,6 @@ def make_rewarder(config: JudgeConfig) -> Rewarder:
 
             judge = CachedJudge(server_judge, Path(config.cache))
         return Rewarder(judge, config, at_once=config.server.in_flight * len(config.servers))
-    if importlib.util.find_spec("rapidfuzz") is None:
-        raise InputError("judge.kind lexical needs rapidfuzz; pip install megatron-ptrl[rl]")
     from megatron_ptrl.rollout.lexical import LexicalJudge
 
     return Rewarder(LexicalJudge(config), config, at_once=64)

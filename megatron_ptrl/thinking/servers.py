@@ -4,9 +4,8 @@
         ^                                                              |
         +---- wait, then another attempt  <---- what may pass --------+----> what will not: GenerationError
 
-A server that fails three times in a row is out for a second, twice as long after each further failure, up to half a
-minute; then one request tries it. No probe of its own: /v1/models may fail on a server that generates, and succeed on
-one that does not.
+A server that fails is left out for a while (server_health.py); then one request tries it. No probe of its own:
+/v1/models may fail on a server that generates, and succeed on one that does not.
 
 The API key is in no attribute that is printed, no exception and no reply: whatever a server says has it struck out. It
 goes to no other host: redirects are not followed, and proxies of the environment not used.
@@ -20,15 +19,14 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import aiohttp
 
 from megatron_ptrl.config import ServerConfig
 from megatron_ptrl.thinking.generators import GenerationError, GeneratorUnusable, Reply, Request
+from megatron_ptrl.thinking.server_health import LONGEST_PAUSE, Server
 
-FAILURES_UNTIL_OUT = 3
-LONGEST_PAUSE = 30.0
 # A server that is only too busy says so as often as it likes, but not to one document for ever.
 BUSY_PER_ATTEMPT = 20
 # Far beyond any thinking, and 64 of them at a time still fit into a machine.
@@ -43,39 +41,22 @@ class _Failed(Exception):
     """One attempt had no reply.
 
     counts: it is one of the document's attempts     sick: it speaks against the server
-    pause: seconds that the server asks for
+    pause: seconds that the server asks for     breaks: what is loading does not say such a thing
     """
 
     def __init__(
-        self, reason: str, detail: str, *, counts: bool = True, sick: bool = True, pause: float | None = None
+        self,
+        reason: str,
+        detail: str,
+        *,
+        counts: bool = True,
+        sick: bool = True,
+        pause: float | None = None,
+        breaks: bool = False,
     ) -> None:
         super().__init__(detail)
         self.reason, self.detail, self.counts, self.sick, self.pause = reason, detail, counts, sick, pause
-
-
-class _Server:
-    def __init__(self, url: str, limit: int) -> None:
-        self.url = url if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
-        self.url = self.url.rstrip("/")
-        self.limit = limit
-        self.in_flight = 0
-        self.failures = 0
-        self.answered = False
-        self.accepts = False
-        """Whether it has taken a request with these settings, so that what it refuses is the document."""
-        self.asking = asyncio.Lock()
-        self.out_since = self.in_again = 0.0
-
-    def room(self, now: float) -> bool:
-        return now >= self.in_again and self.in_flight < (1 if self.failures >= FAILURES_UNTIL_OUT else self.limit)
-
-    def fail(self, started: float, now: float) -> None:
-        if self.failures >= FAILURES_UNTIL_OUT and started < self.out_since:
-            return  # sent before it went out, so nothing new
-        self.failures += 1
-        if self.failures >= FAILURES_UNTIL_OUT:
-            self.out_since = now
-            self.in_again = now + min(LONGEST_PAUSE, 2.0 ** min(self.failures - FAILURES_UNTIL_OUT, 10))
+        self.breaks = breaks
 
 
 class Servers:
@@ -90,7 +71,7 @@ class Servers:
         """Attempts that failed, by reason."""
         self._config = config
         self._model = config.model
-        self._servers = [_Server(url, config.in_flight) for url in urls]
+        self._servers = [Server(url, config.in_flight) for url in urls]
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._key = os.environ.get(config.api_key_env, "").strip()
         if not self._key.isprintable() or not self._key.isascii():
@@ -186,7 +167,7 @@ class Servers:
                     await asyncio.sleep(min(LONGEST_PAUSE, self._config.patience / 10))
         return self._model
 
-    async def _model_of(self, server: _Server) -> tuple[str | None, str]:
+    async def _model_of(self, server: Server) -> tuple[str | None, str]:
         """The name, or why there is none."""
         limit = aiohttp.ClientTimeout(total=LONGEST_PAUSE)
         try:
@@ -200,7 +181,7 @@ class Servers:
         except (_Failed, ValueError, LookupError, TypeError, RecursionError):
             return None, f"status {status} and no list of models"
 
-    async def _acquire(self) -> _Server:
+    async def _acquire(self) -> Server:
         loop = asyncio.get_running_loop()
         self._open()
         while True:
@@ -210,30 +191,37 @@ class Servers:
                 server = min(ready, key=lambda server: server.in_flight)
                 server.in_flight += 1
                 return server
-            # What is still being written is waited for, as long as server.timeout allows.
-            in_flight = sum(server.in_flight for server in self._servers)
-            if now - self._last_reply > self._config.patience and not in_flight:
-                raise GeneratorUnusable(
-                    f"no server has answered for {now - self._last_reply:.0f} s (server.patience "
-                    f"{self._config.patience:g}), the last failure being: {self._last_failure}; what is done is kept, "
-                    "repeat the command when one is up"
-                )
+            left = self._check_patience(now)
             turn = loop.create_future()
             self._waiting.append(turn)
             soonest = min(max(server.in_again - now, 0.0) for server in self._servers)
             # A server that is in but full wakes the next in line itself.
             try:
-                await asyncio.wait([turn], timeout=max(soonest, 0.05) if soonest else 1.0)
+                await asyncio.wait([turn], timeout=min(max(soonest, 0.05) if soonest else 1.0, left))
             finally:  # cancelled, it must take no other's turn
                 if turn in self._waiting:
                     self._waiting.remove(turn)
 
-    def _release(self, server: _Server) -> None:
+    def _check_patience(self, now: float) -> float:
+        """Seconds until it may be over. Raises GeneratorUnusable when it is."""
+        silent, config = now - self._last_reply, self._config
+        told = f"the last failure being: {self._last_failure}; what is done is kept, repeat the command when one is up"
+        if all(server.broken for server in self._servers):
+            raise GeneratorUnusable(f"no server has ever answered with anything but an error, {told}")
+        # What is still being written is waited for, once: of several sick servers one is always being tried.
+        in_flight = any(server.in_flight for server in self._servers)
+        if silent > config.patience + (config.timeout if in_flight else 0.0):
+            raise GeneratorUnusable(
+                f"no server has answered for {silent:.0f} s (server.patience {config.patience:g}), {told}"
+            )
+        return config.patience - silent + 0.05 if silent <= config.patience else 1.0
+
+    def _release(self, server: Server) -> None:
         server.in_flight -= 1
         if self._waiting:
             self._waiting.popleft().set_result(None)
 
-    async def _post(self, server: _Server, payload: bytes) -> dict[str, Any]:
+    async def _post(self, server: Server, payload: bytes) -> dict[str, Any]:
         """The JSON object of a 200. Raises _Failed, GenerationError (400) or GeneratorUnusable; releases the server."""
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -244,6 +232,7 @@ class Servers:
             raise
         except _Failed as failed:
             self._last_failure = f"{server.url}: {failed.detail}"
+            server.breaks = failed.breaks
             if failed.sick:
                 server.fail(started, loop.time())
             if failed.pause:
@@ -252,7 +241,7 @@ class Servers:
         finally:
             self._release(server)
 
-    async def _check_settings(self, server: _Server, refused: bytes) -> None:
+    async def _check_settings(self, server: Server, refused: bytes) -> None:
         """Raise GeneratorUnusable where the server would refuse a short question too: a model that it does not have, a
         field that it does not know or more tokens than it can write would put the whole corpus aside.
         """
@@ -268,7 +257,7 @@ class Servers:
                     "server.model, server.extra_body and sampling"
                 ) from None
 
-    async def _exchange(self, server: _Server, payload: bytes) -> dict[str, Any]:
+    async def _exchange(self, server: Server, payload: bytes) -> dict[str, Any]:
         try:
             url = server.url + "/chat/completions"
             async with self._open().post(url, data=payload, allow_redirects=False) as response:
@@ -291,7 +280,7 @@ class Servers:
         passing = status >= 500 or status in (408, 409, 425)
         # What worked before may be a gateway's hiccup, a key that was taken back is none.
         if passing or (status != 200 and server.answered and status not in (401, 403)):
-            raise _Failed("server_error", said, pause=pause)
+            raise _Failed("server_error", said, pause=pause, breaks=status == 500)
         if status != 200:
             raise GeneratorUnusable(
                 f"{server.url}/chat/completions answers with {said}; check the URL, server.model and "
@@ -307,7 +296,7 @@ class Servers:
             raise _Failed("malformed_reply", f"not a JSON object: {self._struck(content)!r}", sick=False)
         return reply
 
-    def _heard(self, server: _Server) -> None:
+    def _heard(self, server: Server) -> None:
         server.answered, server.failures = True, 0
         self._last_reply = asyncio.get_running_loop().time()
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ptrl.config import CheckpointConfig
 from megatron_ptrl.errors import InputError
@@ -101,36 +102,63 @@ def save(
 
     about: JSON-able facts for the manifest.
     Collective over all ranks. An existing whole checkpoint of this step is left as it is.
-    Raises InputError when the files cannot be written.
+    Raises InputError when the files cannot be written, as on a full disk; what was written of them is removed, and the
+    checkpoints that were there stay. Ranks that only hear of it raise SystemExit, so that it is told once.
     """
     path = directory / f"step_{progress.step:08d}"
     partial = directory / f".{path.name}.partial"
     if _ask_rank_0(lambda: _defect(path) is None):
         return path
-    if dist.get_rank() == 0:
-        for leftover in [path, *directory.glob(_PARTIALS)]:
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     gather_weights(chunks)
     # A step without anything to learn may come before the first update.
     fill_adam_state(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["run"] = {**dataclasses.asdict(progress), "scheduler": scheduler.state_dict()}
+    manifest = {**dataclasses.asdict(progress), **about, "layout": _layout()}
     try:
-        dist_checkpointing.save(state, str(partial))
-    except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(directory).free >> 20
-        raise InputError(f"{partial} could not be written ({free} MiB free there): {error}") from error
-    dist.barrier()
+        _write(path, partial, state, manifest)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise _not_saved(path, partial, error) from error
     if dist.get_rank() == 0:
-        files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-        manifest = {**dataclasses.asdict(progress), **about, "layout": _layout(), "files": files}
-        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
-        os.replace(partial, path)
         _prune(directory, progress.step, keep)
     dist.barrier()
     return path
+
+
+def _write(path: Path, partial: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        for leftover in [path, *path.parent.glob(_PARTIALS)]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+        _write_durably(partial / MANIFEST, json.dumps({**manifest, "files": files}, indent=1))
+        os.replace(partial, path)
+
+
+def _not_saved(path: Path, partial: Path, error: BaseException) -> BaseException:
+    """What to raise instead of `error`."""
+    if isinstance(error, CheckpointException):
+        # All ranks raise it, one of them knows why.
+        if not error.failures:
+            return SystemExit(2)
+        error = next(iter(error.failures.values()))[0]
+    free = shutil.disk_usage(path.parent if path.parent.is_dir() else path.parent.parent).free >> 20
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    last = newest_whole(path.parent).path
+    takes = sum(read_manifest(last)["files"].values()) >> 20 if last else 0
+    kept = f"{last}, which takes {takes:,} MiB, is whole" if last else "there is none before it"
+    why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if "inline_container" in why or "iostream" in why:  # what torch says of a file that took less than was written
+        why = "a file was cut short"
+    return InputError(
+        f"checkpoint {path} was not saved ({free:,} MiB free there): {why}; {kept}. Make room and start the same "
+        "command again, which goes on from the last one"
+    )
 
 
 def load(path: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple[Progress, bool]:

@@ -20,25 +20,25 @@ def draw(
     The token is where `uniform` falls among the running sums of p, so that a row's draw follows from its own numbers,
     and rounding moves it only at an edge.
 
-    Padding is never drawn and stays in the softmax, as it does where the loss is computed: a log-probability must
-    be comparable with the trainer's, to which the padding's share, tiny in a trained model, belongs.
+    Padding is neither drawn nor in the softmax: `ptrl rl` has none of it in the trainer's log-probabilities either, and
+    servers have no such columns.
 
     Cost: a pass of b v exponentials and sums; with a top_p below 1, the largest 256 logits, or a sort where a nucleus
     is larger.
     """
-    tokens = logits.shape[-1] if vocab_size is None else vocab_size
+    logits = logits[:, :vocab_size]
     greedy = temperature == 0
     scaled = logits.float() / temperature.where(~greedy, 1.0).float()[:, None]
     top = scaled.amax(-1, keepdim=True)
     weight = (scaled - top).exp_()
     if bool((top_p < 1).any()):
-        weight = weight.where(weight >= _smallest(weight[:, :tokens], top_p)[:, None], 0.0)
+        weight = weight.where(weight >= _smallest(weight, top_p)[:, None], 0.0)
     # fp64: a running sum over a whole vocabulary in fp32 is off by more than its rare tokens.
     until = weight.cumsum(-1, dtype=torch.float64)
-    mark = uniform[:, None] * until[:, tokens - 1 : tokens]
-    token = torch.searchsorted(until, mark, right=True).clamp(max=tokens - 1)
-    logprob = (scaled - top).gather(-1, token).double() - until[:, -1:].log()
-    token = token[:, 0].where(~greedy, logits[:, :tokens].argmax(-1))
+    total = until[:, -1:]
+    token = torch.searchsorted(until, uniform[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
+    logprob = (scaled - top).gather(-1, token).double() - total.log()
+    token = token[:, 0].where(~greedy, logits.argmax(-1))
     # Not 0 at once for the argmax, so that logits which are not finite show.
     return token, logprob[:, 0].where(~greedy, logprob[:, 0] * 0)
 

@@ -30,15 +30,16 @@ from megatron_ptrl.evaluation.lines import Lines, read_lines
 from megatron_ptrl.evaluation.pass_at_k import Figure
 from megatron_ptrl.rollout.engine import RolloutEngine
 from megatron_ptrl.rollout.megatron_engine import MegatronEngine, check_can_generate
-from megatron_ptrl.rollout.rewards import make_rewarder
+from megatron_ptrl.rollout.rewards import check_judge, make_rewarder
 from megatron_ptrl.training import answer_prompts, checkpoint, layers, mcore, measure_text
 from megatron_ptrl.training.answer_prompts import REJECTS, SAMPLES
 from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model
 from megatron_ptrl.training.layout import check_launched, check_layout
+from megatron_ptrl.training.rank_zero import from_rank_0
 from megatron_ptrl.training.resume import find_source
 from megatron_ptrl.training.rollouts import Judging, Responder, judges
 from megatron_ptrl.training.run import plain_settings
-from megatron_ptrl.training.score import WAIT_MINUTES, digest_of, from_rank_0, model_settings
+from megatron_ptrl.training.score import WAIT_MINUTES, digest_of, model_settings
 
 PLAN, TEXT, HARNESS = "plan.json", "text.jsonl", "harness.json"
 # What a figure does not follow from.
@@ -56,6 +57,8 @@ def run(config: EvaluateConfig) -> None:
         raise InputError("checkpoint is empty; expected a run directory or one of its checkpoints")
     if not (config.data or config.prompts or config.harness.tasks):
         raise InputError("there is nothing to measure; set data, prompts or harness.tasks")
+    if config.prompts:
+        check_judge(config.judge)
     check_launched(int(os.environ.get("WORLD_SIZE", 1)))
     mcore.join_ranks(timeout_minutes=WAIT_MINUTES)
     try:

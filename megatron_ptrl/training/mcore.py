@@ -25,6 +25,7 @@ from megatron_ptrl.config import LossConfig, ModelConfig, RunConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.losses.linear_head import linear_reward_shaped_cross_entropy_with_stats
 from megatron_ptrl.losses.linear_head_sum import linear_reward_shaped_cross_entropy_sum_with_stats
+from megatron_ptrl.losses.padding import bar_padding_
 from megatron_ptrl.losses.reward_shaped_ce import TokenStats, reward_shaped_cross_entropy_with_stats
 from megatron_ptrl.training import layers
 
@@ -118,6 +119,8 @@ class RewardShapedGPTModel(GPTModel):
             return super().compute_language_model_loss(labels, logits)
         target = labels.transpose(0, 1).contiguous()
         if not isinstance(logits, HeadInput):
+            if self.loss.mask_padding:
+                bar_padding_(logits, self._real_columns(logits.shape[-1]))
             loss, self.token_stats = reward_shaped_cross_entropy_with_stats(
                 logits,
                 target,
@@ -144,8 +147,14 @@ class RewardShapedGPTModel(GPTModel):
                 *logits, target, token_weight, **arguments
             )
             return total
-        loss, self.token_stats = linear_reward_shaped_cross_entropy_with_stats(*logits, target, **arguments)
+        loss, self.token_stats = linear_reward_shaped_cross_entropy_with_stats(
+            *logits, target, **arguments, mask_padding=self.loss.mask_padding
+        )
         return loss.transpose(0, 1).contiguous()
+
+    def _real_columns(self, columns: int) -> int:
+        """How many of this shard's columns are tokens."""
+        return min(max(self.num_tokens_in_vocabulary - self.tp_group.rank() * columns, 0), columns)
 
 
 def padded_vocab_size(vocab_size: int, model: ModelConfig, tp: int) -> int:

@@ -43,6 +43,14 @@ def train_step(config: RLConfig, chunks: list[Any], optimizer: Any, batches: lis
 
 
 @torch.no_grad()
+def measure(config: RLConfig, chunks: list[Any], batches: list[Batch]) -> dict[str, float]:
+    """What `train_step` returns but grad_norm, without a step. Cost: a forward pass. Collective."""
+    step = partial(_forward_step, policy=config.policy)
+    reports = loop.run_schedule(config, chunks, step, iter(batches), len(batches), forward_only=True)
+    return _means(reports, with_mismatch=config.rollout.as_drawn)
+
+
+@torch.no_grad()
 def add_logprobs(config: Any, chunks: list[Any], batches: list[Batch], key: str) -> None:
     """The log-probabilities of the labels by `chunks`, under `key` of each batch on the last pipeline stage.
 

@@ -23,12 +23,13 @@ from megatron_ptrl.data.rollouts import TrainedResponse, microbatches
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.rollout.engine import RolloutEngine
-from megatron_ptrl.rollout.rewards import make_rewarder
+from megatron_ptrl.rollout.rewards import check_judge, make_rewarder
 from megatron_ptrl.training import checkpoint, layers, mcore, policy_step, rl_plan, rollout_figures, rollout_files
 from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.engines import check_engine, make_engine
 from megatron_ptrl.training.frozen import load_frozen_model
 from megatron_ptrl.training.hf_export import export_hf
+from megatron_ptrl.training.idle_steps import IdleSteps
 from megatron_ptrl.training.layout import Layout, check_launched, check_layout
 from megatron_ptrl.training.optimizer import check_schedule
 from megatron_ptrl.training.resume import check_same_model, find_source
@@ -59,6 +60,8 @@ def check(config: RLConfig, world_size: int) -> tuple[Layout, Tokenizer]:
     mcore.transformer_config(config)
     check_schedule(config)
     check_engine(config)
+    if config.rollout.replay is None:
+        check_judge(config.judge)
     if not config.prompts.files:
         raise InputError("prompts.files is empty; expected prompt files, as `ptrl segment` writes them")
     if config.data.tokenizer is None:
@@ -121,6 +124,7 @@ class Reinforcement(TrainingRun):
         # A replay brings its rewards along.
         if judges() and self.config.rollout.replay is None:
             self.rewarder = self._make_rewarder()
+        self.idle = IdleSteps()
         self.collector = Collector(self.config, self.tokenizer, self.prompts, self.engine, self.rewarder)
         if self.log:
             _keep_until(self.run_dir / "rejects.jsonl", self.progress.step)
@@ -197,16 +201,22 @@ class Reinforcement(TrainingRun):
         groups = found.trained(drop_equal=config.rollout.drop_equal_groups)
         size = -(-len(groups) // updates)
         return [
-            microbatches(
-                [response for group in groups[i * size : (i + 1) * size] for response in self._responses(group)],
-                seq_length=config.data.seq_length,
-                micro_batch=config.train.micro_batch,
-                dp_rank=parallel_state.get_data_parallel_rank(),
-                dp_size=self.layout.dp,
-                multiple=config.parallel.pp if config.parallel.vpp else 1,
+            self._microbatches(
+                [response for group in groups[i * size : (i + 1) * size] for response in self._responses(group)]
             )
             for i in range(updates)
         ]
+
+    def _microbatches(self, responses: list[TrainedResponse]) -> list[Any]:
+        config = self.config
+        return microbatches(
+            responses,
+            seq_length=config.data.seq_length,
+            micro_batch=config.train.micro_batch,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=self.layout.dp,
+            multiple=config.parallel.pp if config.parallel.vpp else 1,
+        )
 
     def _responses(self, group: Group) -> list[TrainedResponse]:
         config = self.config
@@ -219,14 +229,11 @@ class Reinforcement(TrainingRun):
         ]
 
     def _update(self, found: Round, parts: list[list[Any]]) -> Figures:
-        """The optimizer steps; the figures of the last one, or what a step without anything to learn has."""
+        """The optimizer steps; the figures of the last one, or those of a step without anything to learn."""
         config = self.config
         parts = [batches for batches in parts if batches]
         if not parts:
-            left = found.trained(drop_equal=config.rollout.drop_equal_groups)
-            why = "every response that could teach anything was cut off" if left else "all groups have equal rewards"
-            self.say(f"step {self.progress.step + 1}: {why}, so the weights stay as they are")
-            return {"num_tokens": 0.0, "loss": 0.0, "grad_norm": 0.0, "updates": 0.0}
+            return self._measure(found)
         if len(parts) > 1:
             for batches in parts:
                 policy_step.add_logprobs(config, self.chunks, batches, policy_step.OLD)
@@ -243,6 +250,23 @@ class Reinforcement(TrainingRun):
             )
         return {**figures, "updates": float(len(parts))}
 
+    def _measure(self, found: Round) -> Figures:
+        """Of the policy on all responses, where none of them teaches anything: the same figures as at any step."""
+        told = self.idle.add(found, drop_equal=self.config.rollout.drop_equal_groups)
+        if told:
+            self.say(f"step {self.progress.step + 1}: {told}")
+        batches = self._microbatches(
+            [
+                TrainedResponse(group.placed.ids, response.token_ids, response.logprobs, 0.0)
+                for group in found.groups
+                for response in group.responses
+            ]
+        )
+        if self.reference is not None:
+            policy_step.add_logprobs(self.config, self.reference, batches, policy_step.REFERENCE)
+        figures = policy_step.measure(self.config, self.chunks, batches)
+        return {**figures, "num_tokens": 0.0, "loss": 0.0, "grad_norm": 0.0, "updates": 0.0}
+
     def _export(self, folder: Path) -> None:
         export_hf(self.config, self.chunks, self.tokenizer, folder)
 
@@ -258,6 +282,8 @@ class Reinforcement(TrainingRun):
         if figures:
             shown = ", ".join(f"{n} {figures[n]:.4f}" for n in ("reward", "entropy", "grad_norm") if n in figures)
             self.say(f"{self.progress.step} steps, {self.progress.consumed_tokens:,} tokens, {seconds:.0f} s: {shown}")
+        if self.idle.steps:
+            self.say(self.idle.told())
         self._draw_plots()
 
 

@@ -3,9 +3,16 @@
 import math
 from collections import Counter
 
-from megatron_ptrl.training.rollouts import Group, Response, Round
+from megatron_ptrl.rollout.gate import RULES
+from megatron_ptrl.training.rollouts import LATE, Group, Response, Round
 
 JUDGED = "judged"
+OUTCOMES = (
+    JUDGED,
+    *(*RULES, "no_answer", "answer_too_long"),
+    *("server_error", "bad_request", "malformed_reply", "timeout", "unparsed", "deadline", LATE),
+)
+"""What can become of a response; all are logged at every step, so that every step logs the same figures."""
 
 
 def figures(found: Round) -> dict[str, float]:
@@ -20,7 +27,7 @@ def figures(found: Round) -> dict[str, float]:
     lengths = sorted(len(response.token_ids) for response in responses)
     waits = sorted(r.judgement.seconds for r in responses if r.judgement.reason == JUDGED)
     failed = [r for r in responses if r.judgement.reward is not None and r.judgement.reason != JUDGED]
-    outcomes = Counter(response.judgement.reason for response in responses)
+    outcomes = dict.fromkeys(OUTCOMES, 0) | Counter(response.judgement.reason for response in responses)
     return {
         **_rewards(found.groups),
         "unjudged_share": _share(responses, [r for r in responses if r.judgement.reward is None]),

@@ -152,12 +152,20 @@ class Responder:
         ]
         futures: dict[int, concurrent.futures.Future[Judgement]] = {}
         rewarder = self._rewarder
+        refused: list[concurrent.futures.Future[Judgement]] = []
+
+        def notice(future: concurrent.futures.Future[Judgement]) -> None:
+            if not future.cancelled() and future.exception() is not None:
+                refused.append(future)
 
         def judge(number: int, generation: Generation) -> None:
             assert rewarder is not None
+            for future in refused[:1]:  # nothing will be judged any more: no more has to be written
+                future.result()
             prompt = prompts[number // settings.samples].prompt
             text = self.text(generation.token_ids)
             futures[number] = rewarder.submit(prompt, text, truncated=generation.finish_reason == "length")
+            futures[number].add_done_callback(notice)
 
         start = time.perf_counter()
         generations: list[Generation] = []

@@ -5,11 +5,13 @@
 The same command continues a run that was stopped or killed.
 """
 
+import contextlib
 import dataclasses
 import math
+import shutil
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import yaml
 
 from megatron_ptrl.config import RunConfig
 from megatron_ptrl.data.tokenizer import Tokenizer
-from megatron_ptrl.errors import InputError
+from megatron_ptrl.errors import FULL, InputError
 from megatron_ptrl.training import checkpoint, mcore, run_lock
 from megatron_ptrl.training.layout import Layout
 from megatron_ptrl.training.optimizer import build_optimizer, build_scheduler
@@ -30,16 +32,35 @@ Figures = dict[str, float]
 
 
 def on_all_ranks(config: RunConfig, work: Callable[[], None]) -> None:
-    """`work` between the start and the end of the process groups; an InputError tells which rank raised it."""
+    """`work` between the start and the end of the process groups; an InputError tells which rank raised it.
+
+    Raises InputError, too, where there is no more room to write.
+    """
     mcore.initialize(config)
     try:
-        work()
+        with told_when_full(Path(config.run_dir)):
+            work()
     except InputError as error:
         # Each rank has its own part of the data, so this may be the only one that knows.
         error.rank = dist.get_rank()
         raise
     finally:
         mcore.shutdown()
+
+
+@contextlib.contextmanager
+def told_when_full(run_dir: Path) -> Iterator[None]:
+    """An InputError in place of the OSError of a full disk, whatever file of `run_dir` was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(run_dir).free >> 20
+        raise InputError(
+            f"run_dir {run_dir} ({free:,} MiB free there): {error.strerror}; nothing was saved after the last "
+            "checkpoint. Make room and start the same command again, which goes on from there"
+        ) from error
 
 
 class TrainingRun:

@@ -71,8 +71,7 @@ class RunLog:
     def progress(self, figures: dict[str, float]) -> None:
         """Move the bar, or print a line every few steps where there is no terminal."""
         step = int(figures["step"])
-        shown = {name: figures[name] for name in _SHOWN if name in figures}
-        text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        text = _shown(figures)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -91,6 +90,17 @@ class RunLog:
             self._wandb.finish()
         self._metrics.close()
         self._text.close()
+
+
+def _shown(figures: dict[str, float]) -> str:
+    """reward 0.2500 (asr 0.31, msr 0.19), gate failed 12%, entropy 1.2345"""
+    parts = {name: f"{name} {figures[name]:.4f}" for name in _SHOWN if name in figures}
+    tasks = {name.removeprefix("reward_"): value for name, value in figures.items() if name.startswith("reward_")}
+    if len(tasks) > 1:
+        parts["reward"] += f" ({', '.join(f'{task} {value:.2f}' for task, value in tasks.items())})"
+    if "gate_failed_share" in figures:
+        parts["reward"] = f"{parts.get('reward', 'no reward')}, gate failed {figures['gate_failed_share']:.0%}"
+    return ", ".join(parts.values())
 
 
 def _keep_until(metrics: Path, step: int) -> None:

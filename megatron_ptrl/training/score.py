@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,7 @@ from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint, layers, mcore
 from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model, model_of
 from megatron_ptrl.training.layout import check_launched, check_layout
+from megatron_ptrl.training.rank_zero import from_rank_0
 from megatron_ptrl.training.resume import find_source
 from megatron_ptrl.training.scorer import Scorer
 
@@ -239,20 +240,6 @@ def digest_of(path: Path, manifest: dict[str, Any]) -> str:
     dist.all_gather_object(every, {name: hash_file(path / name) for name in names[dist.get_rank() :: world_size]})
     digests = {name: digest for part in every for name, digest in part.items()}
     return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in names).encode()).hexdigest()
-
-
-def from_rank_0(question: Callable[[], Any]) -> Any:
-    """Its answer, or its InputError, on every rank."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = question()
-        except InputError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise InputError(answer[1])
-    return answer[0]
 
 
 @contextlib.contextmanager

@@ -8,10 +8,7 @@ Run it alone or under torchrun; the same command continues a run that was stoppe
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_ptrl.config import SFTConfig
 from megatron_ptrl.data.chat import make_template
@@ -23,6 +20,7 @@ from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint, layers, mcore, plan
 from megatron_ptrl.training.layout import Layout, check_launched, check_layout
 from megatron_ptrl.training.optimizer import check_schedule
+from megatron_ptrl.training.rank_zero import from_rank_0
 from megatron_ptrl.training.run import Figures, on_all_ranks
 from megatron_ptrl.training.sampled import SampledRun
 from megatron_ptrl.training.summary import summary
@@ -58,11 +56,11 @@ def check(config: SFTConfig, world_size: int) -> tuple[Layout, Tokenizer]:
 def tuning(config: SFTConfig, layout: Layout, tokenizer: Tokenizer) -> "SupervisedTuning":
     """The run, once its conversations are tokenized and its steps are counted. Collective over all ranks."""
     cache = Path(config.data.cache or Path(config.run_dir) / "data_cache")
-    train = Conversations(_on_rank_0(lambda: _build(config, tokenizer, config.data.train, "data.train", cache)))
+    train = Conversations(from_rank_0(lambda: _build(config, tokenizer, config.data.train, "data.train", cache)))
     valid = None
     if config.data.valid and config.train.eval_samples:
         files = config.data.valid
-        valid = Conversations(_on_rank_0(lambda: _build(config, tokenizer, files, "data.valid", cache)))
+        valid = Conversations(from_rank_0(lambda: _build(config, tokenizer, files, "data.valid", cache)))
     counted, rows = _count_steps(config, tokenizer, train)
     check_schedule(counted)
     return SupervisedTuning(counted, layout, tokenizer, train, rows, valid)
@@ -76,22 +74,8 @@ def _build(config: SFTConfig, tokenizer: Tokenizer, files: list[str], field: str
         template=make_template(config.data.template, tokenizer),
         seq_length=config.data.seq_length,
         too_long=config.data.too_long,
+        turns=config.data.turns,
     )
-
-
-def _on_rank_0(build: Callable[[], Path]) -> Path:
-    """What rank 0 built, on a file system that all ranks see; its InputError is raised on every rank."""
-    answer: list[tuple[Path | None, str]] = [(None, "")]
-    if dist.get_rank() == 0:
-        try:
-            answer = [(build(), "")]
-        except InputError as error:
-            answer = [(None, str(error))]
-    dist.broadcast_object_list(answer, src=0)
-    path, problem = answer[0]
-    if path is None:
-        raise InputError(problem)
-    return path
 
 
 def _count_steps(config: SFTConfig, tokenizer: Tokenizer, train: Conversations) -> tuple[SFTConfig, ChatRows]:
