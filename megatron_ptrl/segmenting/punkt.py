@@ -55,7 +55,7 @@ _SMALLEST_SHARE = 1 << 16
 _PLAIN_END = re.compile(
     r"""(?:.*[\s()\[\]{}":;@*])? `*
     (?: .*[?!] | (?<=[)\]}":;*]) (?P<bare>\.) | (?P<word>[^\W\d] (?:[\w`/=<>$%+|~^\\]|\.(?!\.))+) \. )
-    (?: [ \n]+[^\s.?!-] | [)\]}"'\u2019\u201d] $ )""",
+    (?: \s+\S | [)\]}"'\u2019\u201d] $ )""",
     re.DOTALL | re.VERBOSE,
 )
 _KEPT_DECISIONS = 1 << 16
@@ -138,12 +138,7 @@ def read_parameters(path: Path) -> PunktParameters:
     return parameters
 
 
-def open_tokenizer(path: Path) -> PunktSentenceTokenizer:
-    """Punkt with the parameters of a punkt.json."""
-    return _Tokenizer(read_parameters(path))
-
-
-class _Tokenizer(PunktSentenceTokenizer):
+class Tokenizer(PunktSentenceTokenizer):
     """NLTK's, which asks its tokens only where they may say no."""
 
     def __init__(self, parameters: PunktParameters) -> None:

@@ -136,9 +136,7 @@ class SegmentPart:
             return
         assert isinstance(item.record, Document)
         counts["masked"] += text != item.record.text
-        made, of_segments = self._maker.make(
-            item.id, text, self._cut(text), self._config.seed, {"where": item.place}
-        )
+        made, of_segments = self._maker.make(item.id, text, self._cut(text), self._config.seed, {"where": item.place})
         counts.update({f"segments.{name}": count for name, count in of_segments.items()})
         for one in made:
             if isinstance(one, Line):
