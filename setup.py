@@ -98,6 +98,9 @@ kernels = Extension(
     "megatron_ptrl._C",
     sources=[
         "csrc/bindings.cpp",
+        "csrc/decode_attention_cpu.cpp",
+        "csrc/draw_cpu.cpp",
+        "csrc/few_rows_linear_cpu.cpp",
         "csrc/kept_memory.cpp",
         "csrc/remit_weights_cpu.cpp",
         "csrc/reward_shaped_ce_cpu.cpp",

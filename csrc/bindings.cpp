@@ -34,4 +34,16 @@ STABLE_TORCH_LIBRARY(megatron_ptrl, m) {
   m.def(
       "remit_weights(Tensor logprob, Tensor reference_logprob, Tensor keep, Tensor? segment, Tensor sums, "
       "float epsilon) -> Tensor weights");
+  // Generation, on CPUs: x W^T for a few rows.
+  m.def("few_rows_linear(Tensor x, Tensor weight) -> Tensor");
+  // One new token for each row and what its slot holds, keys and values (slots, groups, room, d), which its key and
+  // value join at its position: (rows, heads * d). Query and key are turned by cos and sin, (rows, d), first.
+  m.def(
+      "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, bool interleaved, float "
+      "scale, Tensor positions, Tensor(a!) keys, Tensor(b!) values) -> Tensor");
+  // One of the first `tokens` columns of each row of logits, and its log-probability in fp64; what is below `lowest`
+  // has no probability.
+  m.def(
+      "draw(Tensor logits, Tensor temperature, Tensor uniform, Tensor lowest) -> (Tensor token, Tensor "
+      "logprob)");
 }

@@ -168,4 +168,12 @@ PTRL_INLINE float sum_of(Floats x) {
   return lanes[0];
 }
 
+PTRL_INLINE Floats load_floats(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+PTRL_INLINE void store_floats(Floats x, float* to) { std::memcpy(to, &x, sizeof x); }
+
 }  // namespace ptrl

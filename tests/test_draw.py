@@ -7,9 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ptrl import decode_ops, ops
+
 COUNT = 20_000
 # p^2 of these over the sum: 0.029 0.725 0.181 0.065.
 PROBABILITY = torch.tensor([0.1, 0.5, 0.25, 0.15], dtype=torch.float64)
+
+
+@pytest.fixture(params=["kernel", "torch"], autouse=True)
+def how(request, monkeypatch) -> None:
+    """Each test once by the CPU kernel and once by what GPUs run."""
+    if request.param == "torch":
+        monkeypatch.setattr(decode_ops, "draws", lambda logits: False)
+    elif not ops.load_kernels():
+        pytest.skip("the kernels were not built")
 
 
 def drawn(logits: Tensor, temperature: float, top_p: float, count: int = COUNT) -> tuple[Counter, dict[int, float]]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from megatron_ptrl import decode_ops
+
 # A nucleus is looked for among this many tokens before the whole vocabulary is sorted.
 _NUCLEUS = 256
 
@@ -23,16 +25,23 @@ def draw(
     Padding is neither drawn nor in the softmax: `ptrl rl` has none of it in the trainer's log-probabilities either, and
     servers have no such columns.
 
-    Cost: a pass of b v exponentials and sums; with a top_p below 1, the largest 256 logits, or a sort where a nucleus
-    is larger.
+    Cost: a pass of b v exponentials and sums, on CPUs by a kernel; with a top_p below 1, another one and the largest
+    256 logits, or a sort where a nucleus is larger.
     """
     logits = logits[:, :vocab_size]
     greedy = temperature == 0
+    lowest = uniform.new_full(uniform.shape, -torch.inf, dtype=torch.float32)
+    served = decode_ops.draws(logits)
+    if served and bool((top_p == 1).all()):
+        return decode_ops.draw(logits, temperature, uniform, lowest)
     scaled = logits.float() / temperature.where(~greedy, 1.0).float()[:, None]
     top = scaled.amax(-1, keepdim=True)
     weight = (scaled - top).exp_()
     if bool((top_p < 1).any()):
-        weight = weight.where(weight >= _smallest(weight, top_p)[:, None], 0.0)
+        lowest = _lowest(logits.float(), weight, top_p)
+    if served:
+        return decode_ops.draw(logits, temperature, uniform, lowest)
+    weight = weight.where(logits >= lowest[:, None], 0.0)
     # fp64: a running sum over a whole vocabulary in fp32 is off by more than its rare tokens.
     until = weight.cumsum(-1, dtype=torch.float64)
     total = until[:, -1:]
@@ -43,16 +52,16 @@ def draw(
     return token, logprob[:, 0].where(~greedy, logprob[:, 0] * 0)
 
 
-def _smallest(weight: Tensor, top_p: Tensor) -> Tensor:
-    """(b,) the weight of the last token that each row's nucleus needs; 0 for a top_p of 1."""
+def _lowest(logits: Tensor, weight: Tensor, top_p: Tensor) -> Tensor:
+    """(b,) the smallest logit that each row's nucleus needs; -inf for a top_p of 1."""
     mass = weight.sum(-1, dtype=torch.float64) * top_p
     count = min(_NUCLEUS, weight.shape[-1])
     while True:
-        largest = weight.topk(count, dim=-1).values
-        until = largest.cumsum(-1, dtype=torch.float64)
+        largest, places = logits.topk(count, dim=-1)
+        until = weight.gather(-1, places).cumsum(-1, dtype=torch.float64)
         reached = (until[:, -1] >= mass) | (top_p >= 1)
         if count == weight.shape[-1] or bool(reached.all()):
             break
         count = weight.shape[-1]
     last = torch.searchsorted(until, mass[:, None]).clamp(max=count - 1)
-    return largest.gather(-1, last)[:, 0].where(top_p < 1, 0.0)
+    return largest.gather(-1, last)[:, 0].where(top_p < 1, -torch.inf)

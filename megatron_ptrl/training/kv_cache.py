@@ -18,6 +18,8 @@ from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_ptrl import decode_ops
+
 # Slots grow to this many tokens at least.
 _BLOCK = 64
 
@@ -80,16 +82,22 @@ class KVCache(StaticInferenceContext):
         query: (s, b, heads, d)   key, value: (s, b, groups, d)   angles: (capacity, 1, 1, d), of the rotary embedding
         returns: (s, b, heads * d)
         """
-        if angles is not None:
-            cos, sin = self._turn(angles, query.dtype)
-            query, key = (x * cos + _rotate_half(x, interleaved) * sin for x in (query, key))
         s, b, heads, d = query.shape
         groups = key.shape[2]
+        turn = None if angles is None else self._turn(angles, query.dtype)
         if layer not in self._memory:
             # Zeros, because what stands in a masked place is multiplied by 0, and must not be NaN.
             shape = (self.max_batch_size, groups, self._room, d)
             self._memory[layer] = key.new_zeros(shape), value.new_zeros(shape)
         keys, values = self._memory[layer]
+        if self._prompts is None and decode_ops.attends(query):
+            by = None if turn is None else (turn[0].view(b, d), turn[1].view(b, d))
+            return decode_ops.decode_attention(
+                query[0], key[0], value[0], by, self._at, keys, values, interleaved=interleaved, scale=scale
+            )[None]
+        if turn is not None:
+            cos, sin = turn
+            query, key = (x * cos + _rotate_half(x, interleaved) * sin for x in (query, key))
         if self._prompts is not None:
             key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)  # (b, groups, s, d)
             keys[self._prompts, :, :s], values[self._prompts, :, :s] = key, value
