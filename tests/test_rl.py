@@ -163,7 +163,8 @@ def gradient_by_hand(rank: int, world_size: int, settings: Settings) -> tuple[Me
                 ids = torch.tensor([line["prompt_ids"] + line["token_ids"]])
                 positions = torch.arange(ids.shape[1])[None]
                 mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
-                logits = model(ids, positions, mask)[0].log_softmax(-1)
+                # The columns behind the tokenizer's tokens only pad the vocabulary.
+                logits = model(ids, positions, mask)[0, :, : run.tokenizer.vocab_size].log_softmax(-1)
                 answer = len(line["prompt_ids"])
                 logprobs = logits[answer - 1 : -1].gather(-1, ids[0, answer:, None])[:, 0]
                 tokens, answers = tokens + len(logprobs), answers + 1
