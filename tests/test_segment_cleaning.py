@@ -1,5 +1,6 @@
 """What is left out before segmenting, and what is masked."""
 
+import itertools
 import json
 import random
 
@@ -13,10 +14,10 @@ from megatron_ptrl.config import CleanConfig, QualityConfig, ServerConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.segmenting.decontaminate import index_runs, shared_run
 from megatron_ptrl.segmenting.mask import EMAIL, IP, mask
-from megatron_ptrl.segmenting.near_duplicates import find_duplicates, signatures
+from megatron_ptrl.segmenting.near_duplicates import _A, _B, find_duplicates, signatures
 from megatron_ptrl.segmenting.quality import score_of, score_part
 from megatron_ptrl.segmenting.rules import REASONS, broken_rule
-from megatron_ptrl.segmenting.words import WordHashes, run_hashes, words_of
+from megatron_ptrl.segmenting.words import WordHashes, count_words, run_hashes, words_of
 
 VOCABULARY = [f"w{i}" for i in range(2000)]
 
@@ -30,6 +31,16 @@ def test_words():
     assert words_of("It's 3.5 km_h; ÉTÉ 中文abc") == ["it", "s", "3", "5", "km", "h", "été", "中", "文", "abc"]
     hashes = WordHashes()(["a", "b", "a"])
     assert hashes[0] == hashes[2] != hashes[1] and (hashes == WordHashes()(["a", "b", "a"])).all()
+
+
+@given(
+    st.lists(st.sampled_from(["Ab", "9", "_", " ", "\n", "'", "é", "中", "\x1c", "²", "-x"])).map("".join), st.data()
+)
+def test_words_are_counted_between_places(text, data):
+    # A place inside of a word makes two of it.
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)))))
+    assert count_words(text, places) == [len(words_of(text[a:b])) for a, b in itertools.pairwise(places)]
+    assert words_of(text) == words_of(text + " é")[:-1]  # however ASCII is done
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.integers(1, 5))
@@ -73,11 +84,18 @@ def test_the_first_of_a_cluster_stays():
     assert len(find_duplicates([])) == 0
 
 
-def test_a_long_document_is_signed_in_pieces(monkeypatch):
-    hashes = WordHashes()(random.Random(2).choices(VOCABULARY, k=3000))
-    whole = signatures([((0, 1), hashes)])
-    monkeypatch.setattr("megatron_ptrl.segmenting.near_duplicates._CHUNK", 7)
-    assert (signatures([((0, 1), hashes)]) == whole).all()
+def test_a_signature_is_that_of_the_document_alone(monkeypatch):
+    """By the definition: the least of each order over the set of 5-word runs, eight of them in a key."""
+    draw, hashes = random.Random(2), WordHashes()
+    texts = [draw.choices(VOCABULARY, k=size) for size in (5, 300, 4, 7, 0, 2000, 6)]
+    monkeypatch.setattr("megatron_ptrl.segmenting.near_duplicates._WORDS_AT_ONCE", 400)
+    rows = signatures(((0, line), hashes(text)) for line, text in enumerate(texts))
+    assert rows["line"].tolist() == [0, 1, 3, 5, 6]
+    for row in rows:
+        runs = set(run_hashes(hashes(texts[row["line"]]), 5).tolist())
+        least = [min((int(a) * run + int(b)) % 2**64 for run in runs) for a, b in zip(_A, _B, strict=True)]
+        bands = numpy.array(least, numpy.uint64).reshape(14, 8)
+        assert row["keys"].tolist() == [int(run_hashes(band, 8)[0]) for band in bands]
 
 
 def test_decontamination(tmp_path):
@@ -133,7 +151,10 @@ def test_masks():
     assert mask(text) * 2 == mask(text * 2)
 
 
-@given(st.lists(st.sampled_from(["x" * 300, " ", "a@b.de", "@", "first.last@mail.org", "y" * 20, "."]), max_size=12))
+PIECES = ["x" * 300, " ", "a@b.de", "@", "first.last@mail.org", "y" * 20, ".", "8.8.", "8.8", "255", "8.8.255.9", "9"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12))
 def test_masks_near_the_signs_are_those_of_the_whole_text(pieces):
     from datatrove.pipeline.formatters.pii import PIIFormatter
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_ptrl.config import TaskConfig
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.segmenting.prompts import PromptMaker, fill, load_template
+from megatron_ptrl.records import Prompt
+from megatron_ptrl.segmenting.prompts import Line, PromptMaker, Skipped, fill, load_template
 
 SEGMENTS = [
     "The farmer had three old sheep. ",
@@ -23,7 +24,10 @@ SEGMENTS = [
 
 def make(segments=SEGMENTS, seed=0, **changed):
     places = [0, *itertools.accumulate(map(len, segments))]
-    return PromptMaker(TaskConfig(**changed)).make("doc", "".join(segments), places, seed, {"where": "a:1"})
+    made, counts = PromptMaker(TaskConfig(**changed)).make("doc", "".join(segments), places, seed, {"where": "a:1"})
+    made = list(made)
+    prompts = [Prompt.from_json(one.line, "") for one in made if isinstance(one, Line)]
+    return prompts, [one for one in made if isinstance(one, Skipped)], counts
 
 
 def test_the_papers_prompts():
@@ -64,6 +68,41 @@ def test_a_worked_example():
 def test_braces_of_a_text_are_text():
     prompts, _, _ = make(["Use {next_step} or {prompt} here. ", "Then {context} comes in. ", "It ends as it began. "])
     assert "Use {next_step} or {prompt} here." in prompts[-1].messages[0]["content"]
+
+
+ODD = [
+    'He said "No". ',
+    "A\\b and a tab\t.",
+    "\n\n",
+    "Ünder 好 \u2028 \x7f it. ",
+    " ",
+    "\x00\x1f ends. ",
+    "{context} {prompt}. ",
+]
+
+
+@given(
+    pieces=st.lists(st.sampled_from(ODD), min_size=3, max_size=9), document=st.sampled_from(["a", 'q"\\', "é\ud800"])
+)
+def test_a_line_is_what_json_makes_of_the_prompt(pieces, document):
+    """Texts are escaped once and put together; the places are any that cut no blank segment off."""
+    text = "It begins here. " + "".join(pieces) + "And ends."
+    places = [0, 16, *(i for i in range(20, len(text) - 9, 7) if text[i - 7 : i].strip()), len(text)]
+    places = [place for i, place in enumerate(places) if not i or text[places[i - 1] : place].strip()]
+    made, _ = PromptMaker(TaskConfig(min_words=1)).make(document, text, places, 0, {"where": 'x"y:1', "n": 1})
+    lines = [one.line for one in made if isinstance(one, Line)]
+    assert lines
+    for line in lines:
+        prompt = Prompt.from_json(line, "")
+        i, last = prompt.metadata["segment"] - 1, len(places) - 2
+        assert prompt.target == text[places[i] : places[i + 1]].strip() and prompt.metadata["document"] == document
+        assert prompt.to_line() == line or "\ud800" in document
+        shown = text[: places[i]].strip()
+        if prompt.task == "asr":
+            assert prompt.reference == text[places[i] : places[min(i + 4, last + 1)]].strip()
+            assert prompt.messages[0]["content"] == fill(load_template("asr", "default"), context=shown)
+        else:
+            assert shown in prompt.messages[0]["content"]
 
 
 def test_a_context_loses_its_beginning():

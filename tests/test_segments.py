@@ -8,11 +8,12 @@ import pytest
 import sentencex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 from megatron_ptrl.config import SplitConfig
 from megatron_ptrl.data.input_parts import InputFile
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.segmenting.punkt import draw_sample, find_parameters, learn, read_parameters
+from megatron_ptrl.segmenting.punkt import Tokenizer, draw_sample, find_parameters, learn, read_parameters
 from megatron_ptrl.segmenting.segments import make_cut
 
 PROSE = (
@@ -113,6 +114,35 @@ def test_golden_cases(punkt):
         wrong = [case for case in GOLDEN if sentences(cut, " ".join(case)) != case]
         print(f"{name}: {len(GOLDEN) - len(wrong)} of {len(GOLDEN)}, wrong: {wrong}")
         assert len(GOLDEN) - len(wrong) >= floor
+
+
+ENDS = [
+    *"abAB19 .?!)('\"`:-\n,;*",
+    "\u201d",
+    "\x1c",
+    "..",
+    "Dr",
+    "e.g",
+    "They",
+    "the",
+    " said",
+    "No",
+    "été",
+    ". ",
+    "). a ",
+    "b. They ",
+]
+
+
+@settings(max_examples=400)
+@given(st.lists(st.sampled_from(ENDS), max_size=25).map("".join))
+def test_sentences_are_nltks(punkt, text):
+    """What is decided without its tokens is what it decides; Dr is an abbreviation, "no" may go on with "one"."""
+    parameters = read_parameters(punkt)
+    parameters.collocations = {("no", "the"), (".", "a"), ("b", "they")}
+    parameters.ortho_context.update({"they": 0b0001010, "the": 0b0100010})
+    ours, theirs = Tokenizer(parameters), PunktSentenceTokenizer(parameters)
+    assert list(ours.span_tokenize(text)) == list(theirs.span_tokenize(text))
 
 
 def test_what_punkt_alone_does_not_see(punkt):

@@ -7,7 +7,7 @@ datatrove's blocks for this need spaCy for words, and which document of a cluste
 is shared out. Here it is the first one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy
 
@@ -23,29 +23,56 @@ _random = numpy.random.RandomState(1)
 # a x + b mod 2^64 with odd a: another order of the 64-bit hashes for each of the rows.
 _A = _random.randint(0, 1 << 63, BANDS * ROWS, numpy.uint64) * numpy.uint64(2) + numpy.uint64(1)
 _B = _random.randint(0, 1 << 63, BANDS * ROWS, numpy.uint64)
-_CHUNK = 2048
+# Enough that calls cost little beside the words, few enough that they stay in the cache.
+_WORDS_AT_ONCE = 1 << 14
 
 
-def band_keys(word_hashes: numpy.ndarray) -> numpy.ndarray | None:
-    """(14,) uint64 of a document's words; None for fewer than five of them.
+def band_keys(word_hashes: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    """(documents, 14) uint64 of documents by their words, uint64, of which each has five at least.
 
-    Two documents whose sets of 5-word runs have Jaccard similarity s share at least one with probability
+    Two documents whose sets of 5-word runs have Jaccard similarity s share at least one key with probability
     1 - (1 - s^8)^14: 0.92 at 0.8, 0.13 at 0.56.
     """
-    shingles = numpy.unique(run_hashes(word_hashes, SHINGLE))
-    if not len(shingles):
-        return None
-    least = numpy.full(BANDS * ROWS, numpy.iinfo(numpy.uint64).max, numpy.uint64)
-    for begin in range(0, len(shingles), _CHUNK):
-        orders = shingles[begin : begin + _CHUNK, None] * _A + _B
-        numpy.minimum(least, orders.min(0), out=least)
-    return numpy.concatenate([run_hashes(band, ROWS) for band in least.reshape(BANDS, ROWS)])
+    lengths = numpy.array([len(hashes) for hashes in word_hashes])
+    inside = numpy.ones(lengths.sum(), bool)
+    for k in range(1, SHINGLE):
+        inside[numpy.cumsum(lengths) - k] = False
+    shingles = run_hashes(numpy.concatenate(word_hashes), SHINGLE)[inside[: 1 - SHINGLE]]
+    begins = numpy.cumsum(lengths - SHINGLE + 1) - (lengths - SHINGLE + 1)
+    least = numpy.empty((BANDS * ROWS, len(lengths)), numpy.uint64)
+    order = numpy.empty_like(shingles)
+    for row in range(BANDS * ROWS):
+        numpy.multiply(shingles, _A[row], out=order)
+        numpy.add(order, _B[row], out=order)
+        numpy.minimum.reduceat(order, begins, out=least[row])
+    bands = least.reshape(BANDS, ROWS, len(lengths))
+    return numpy.concatenate([run_hashes(band, ROWS) for band in bands]).T
 
 
 def signatures(documents: Iterable[tuple[Position, numpy.ndarray]]) -> numpy.ndarray:
     """SIGNATURE rows of a part's documents, given their words' hashes; those too short for one are left out."""
-    rows = [(*position, keys) for position, hashes in documents if (keys := band_keys(hashes)) is not None]
-    return numpy.array(rows, SIGNATURE)
+    long_enough = (document for document in documents if len(document[1]) >= SHINGLE)
+    found = [numpy.empty(0, SIGNATURE)]
+    for batch in _batches(long_enough):
+        rows = numpy.empty(len(batch), SIGNATURE)
+        rows["file"], rows["line"] = numpy.array([position for position, _ in batch]).T
+        rows["keys"] = band_keys([hashes for _, hashes in batch])
+        found.append(rows)
+    return numpy.concatenate(found)
+
+
+def _batches(
+    documents: Iterable[tuple[Position, numpy.ndarray]],
+) -> Iterator[list[tuple[Position, numpy.ndarray]]]:
+    batch, words = [], 0
+    for document in documents:
+        batch.append(document)
+        words += len(document[1])
+        if words >= _WORDS_AT_ONCE:
+            yield batch
+            batch, words = [], 0
+    if batch:
+        yield batch
 
 
 def find_duplicates(parts: Sequence[numpy.ndarray]) -> numpy.ndarray:

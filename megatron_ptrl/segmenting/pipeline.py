@@ -80,7 +80,7 @@ def _find_punkt(config: SegmentConfig, files: Files, parts: list[Part]) -> None:
 
         inputs = [file for part in parts for file in part]
         found = find_parameters(split, inputs, config.text_field, config.seed)
-        write_whole(files.punkt, json.dumps(found, ensure_ascii=False, indent=1).encode() + b"\n")
+        write_whole(files.punkt, json.dumps(found, ensure_ascii=False).encode() + b"\n")
     make_cut(split, files.punkt)
 
 

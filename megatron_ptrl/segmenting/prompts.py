@@ -7,19 +7,21 @@ A segment that is too short is no target and is not what msr shows: it stays in 
 what is shown, and in the references. What is too long for a prompt loses its beginning, at a segment's edge.
 """
 
+import itertools
+import json
 import random
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ptrl.config import TaskConfig
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.records import Prompt
-from megatron_ptrl.segmenting.words import words_of
+from megatron_ptrl.records import to_line
+from megatron_ptrl.segmenting.words import count_words
 from megatron_ptrl.thinking.prompts import BYTES_PER_TOKEN
 
 FOLDER = Path(__file__).parent / "prompts"
@@ -28,6 +30,8 @@ HOLES = {"asr": ("context",), "msr": ("prompt", "next_step"), "quality": ("conte
 TAGS = ("<|startofprediction|>", "<|endofprediction|>", "<MASK>")
 # Fewer segments than these give a task nothing to predict from.
 SEGMENTS_NEEDED = {"asr": 2, "msr": 3}
+
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 TokenCounts = Callable[[str, list[int]], list[int]]
 """(text, places of a cut) -> how many tokens there are before each place."""
@@ -76,8 +80,10 @@ def make_token_counts(tokenizer: str | None) -> TokenCounts:
 
 
 def _count_bytes(text: str, places: list[int]) -> list[int]:
+    if text.isascii():
+        return [-(-place // BYTES_PER_TOKEN) for place in places]
     size, counts = 0, [0]
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in itertools.pairwise(places):
         size += len(text[begin:end].encode("utf-8", "surrogatepass"))
         counts.append(-(-size // BYTES_PER_TOKEN))
     return counts
@@ -92,47 +98,61 @@ class Skipped:
     detail: str
 
 
+class Line(NamedTuple):
+    """A prompt as `records.Prompt.to_line` writes it."""
+
+    task: str
+    line: bytes
+
+
 class PromptMaker:
     """Makes the prompts of one document after the other."""
 
     def __init__(self, config: TaskConfig) -> None:
         self._config = config
         self._count_tokens = make_token_counts(config.tokenizer)
-        self._asr, self._msr = load_template("asr", config.asr_prompt), load_template("msr", config.msr_prompt)
+        self._templates = {
+            "asr": _quoted_template("asr", config.asr_prompt),
+            "msr": _quoted_template("msr", config.msr_prompt),
+        }
 
     def make(
         self, document: str, text: str, places: list[int], seed: int, metadata: dict[str, Any]
-    ) -> tuple[list[Prompt], list[Skipped], Counter[str]]:
-        """(prompts, what there is none for, counts of the segments and of those that are no targets).
+    ) -> tuple[Iterator[Line | Skipped], Counter[str]]:
+        """(prompts and what there is none for, counts of the segments and of those that are no targets).
 
         document: its id      places: of the cut      seed: of the targets drawn, where not all are taken
         """
-        config, count = self._config, len(places) - 1
-        sizes = [len(words_of(text[begin:end])) for begin, end in zip(places, places[1:], strict=False)]
-        counts = Counter(segments=count, too_short=sum(size < config.min_words for size in sizes))
+        config = self._config
+        sizes = count_words(text, places)
+        counts = Counter(segments=len(sizes), too_short=sum(size < config.min_words for size in sizes))
         counts["too_long"] = sum(size > config.max_words for size in sizes)
-        prompts: list[Prompt] = []
-        skipped: list[Skipped] = []
+        return self._made(document, text, places, sizes, seed, metadata), counts
+
+    def _made(
+        self, document: str, text: str, places: list[int], sizes: list[int], seed: int, metadata: dict[str, Any]
+    ) -> Iterator[Line | Skipped]:
+        config, count = self._config, len(sizes)
         before: list[int] = []
+        quoted: _Quoted | None = None
         for task in config.tasks:
             if count < SEGMENTS_NEEDED[task]:
-                detail = f"{count} segments; {task} needs {SEGMENTS_NEEDED[task]}"
-                skipped.append(Skipped(task, "too_few_segments", detail))
+                yield Skipped(task, "too_few_segments", f"{count} segments; {task} needs {SEGMENTS_NEEDED[task]}")
                 continue
             targets = self._targets(task, sizes)
             if not targets:
                 detail = f"none of {count} segments has {config.min_words} to {config.max_words} words where it must"
-                skipped.append(Skipped(task, "no_target", detail))
+                yield Skipped(task, "no_target", detail)
                 continue
             before = before or self._count_tokens(text, places)
+            quoted = quoted or _Quoted(document, text, places, metadata)
             for i, shown in _drawn(targets, config.targets_per_document, f"{seed} {task}"):
                 begin = self._begin(before, i, shown)
                 if begin == i:
                     detail = f"segment {i + 1}: what is beside it has more than {config.context_tokens} tokens"
-                    skipped.append(Skipped(task, "context_too_long", detail))
+                    yield Skipped(task, "context_too_long", detail)
                     continue
-                prompts.append(self._prompt(task, document, text, places, begin, i, shown, metadata))
-        return prompts, skipped, counts
+                yield Line(task, self._line(task, quoted, begin, i, shown))
 
     def _targets(self, task: str, sizes: Sequence[int]) -> list[tuple[int, int | None]]:
         """(segment, the one that is shown behind it), from 0; None where none is."""
@@ -151,36 +171,67 @@ class PromptMaker:
         room = self._config.context_tokens - (0 if shown is None else before[shown + 1] - before[shown])
         return min(bisect_left(before, before[i] - room), i) if room > 0 else i
 
-    def _prompt(
-        self,
-        task: str,
-        document: str,
-        text: str,
-        places: list[int],
-        begin: int,
-        i: int,
-        shown: int | None,
-        metadata: dict[str, Any],
-    ) -> Prompt:
-        def slice_of(first: int, behind: int) -> str:
-            return text[places[first] : places[min(behind, len(places) - 1)]].strip()
-
-        context = slice_of(begin, i)
+    def _line(self, task: str, quoted: "_Quoted", begin: int, i: int, shown: int | None) -> bytes:
+        context, target = quoted.slice_of(begin, i), quoted.slice_of(i, i + 1)
         if shown is None:
-            content = fill(self._asr, context=context)
-            reference = slice_of(i, i + self._config.reference_segments)
+            values = {"context": context}
+            reference = quoted.slice_of(i, i + self._config.reference_segments)
         else:
-            next_step = slice_of(shown, shown + 1)
-            content = fill(self._msr, prompt=context, next_step=next_step)
-            reference = slice_of(i, shown)
-        return Prompt(
-            id=f"{document}#{i + 1}/{task}",
-            task=task,
-            messages=[{"role": "user", "content": content}],
-            target=slice_of(i, i + 1),
-            reference=reference,
-            metadata={"document": document, "segment": i + 1, "segments": len(places) - 1, **metadata},
+            values = {"prompt": context, "next_step": quoted.slice_of(shown, shown + 1)}
+            reference = quoted.slice_of(i, shown)
+        number, name = b"%d" % (i + 1), task.encode()
+        return b"".join(
+            (
+                *(b'{"id": "', quoted.document, b"#", number, b"/", name, b'", "task": "', name),
+                b'", "messages": [{"role": "user", "content": "',
+                *(values[part] if isinstance(part, str) else part for part in self._templates[task]),
+                *(b'"}], "target": "', target, b'", "reference": "', reference),
+                *(b'", "metadata": {"document": "', quoted.document, b'", "segment": ', number, quoted.metadata),
+            )
         )
+
+
+class _Quoted:
+    """A document as it stands in strings of JSON: escaped once, however many prompts show a segment."""
+
+    def __init__(self, document: str, text: str, places: list[int], metadata: dict[str, Any]) -> None:
+        self.document = _quote(document)
+        others = b", " + to_line(metadata)[1:-1] if metadata else b""
+        self.metadata = b', "segments": %d%s}}' % (len(places) - 1, others)
+        # Of each segment, without the white space around it.
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        pieces: list[bytes] = []
+        size = 0
+        for begin, end in itertools.pairwise(places):
+            segment = text[begin:end]
+            before, inner, behind = map(_quote, segment.partition(segment.strip()))
+            self._begins.append(size + len(before))
+            self._ends.append(self._begins[-1] + len(inner))
+            size = self._ends[-1] + len(behind)
+            pieces += before, inner, behind
+        self._text = b"".join(pieces)
+
+    def slice_of(self, first: int, behind: int) -> bytes:
+        """The text from segment `first` to before segment `behind`, stripped."""
+        return self._text[self._begins[first] : self._ends[min(behind, len(self._ends)) - 1]]
+
+
+def _quote(text: str) -> bytes:
+    """`text` as in JSON, without the quotation marks."""
+    if text in ("", " "):  # between most segments
+        return text.encode()
+    quoted = _ENCODE(text)[1:-1]
+    try:
+        return quoted.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate
+        return json.dumps(text).encode("ascii")[1:-1]
+
+
+def _quoted_template(task: str, name: str) -> list[bytes | str]:
+    """What stands between the holes, and in turn with it their names."""
+    parts = re.split(rf"{{({'|'.join(HOLES[task])})}}", load_template(task, name))
+    return [part if i % 2 else _quote(part) for i, part in enumerate(parts)]
 
 
 def _drawn(targets: list[tuple[int, int | None]], most: int | None, seed: str) -> list[tuple[int, int | None]]:

@@ -7,9 +7,11 @@
 NLTK's own files for parameters may only lie in its data folder, so ours are one JSON file.
 """
 
+import functools
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,16 @@ _LANGUAGES = {
 # Of a file no more is read than this many times its share of the sample.
 _WINDOW = 8
 _SMALLEST_SHARE = 1 << 16
+
+# What NLTK's tokens make of a text up to a possible end of a sentence, and what follows it, where that is simple:
+# the last token is a mark of its own, or a word of no number and no hyphen with its period.
+_PLAIN_END = re.compile(
+    r"""(?:.*[\s()\[\]{}":;@*])? `*
+    (?: .*[?!] | (?<=[)\]}":;*]) (?P<bare>\.) | (?P<word>[^\W\d] (?:[\w`/=<>$%+|~^\\]|\.(?!\.))+) \. )
+    (?: \s+\S | [)\]}"'\u2019\u201d] $ )""",
+    re.DOTALL | re.VERBOSE,
+)
+_KEPT_DECISIONS = 1 << 16
 
 # NLTK gives up on an expression after five seconds by the clock; no clock may decide what comes out.
 redos.DEFAULT_TIMEOUT = None
@@ -126,9 +138,22 @@ def read_parameters(path: Path) -> PunktParameters:
     return parameters
 
 
-def open_tokenizer(path: Path) -> PunktSentenceTokenizer:
-    """Punkt with the parameters of a punkt.json."""
-    return PunktSentenceTokenizer(read_parameters(path))
+class Tokenizer(PunktSentenceTokenizer):
+    """NLTK's, which asks its tokens only where they may say no."""
+
+    def __init__(self, parameters: PunktParameters) -> None:
+        super().__init__(parameters)
+        self._collocated = {first for first, _ in parameters.collocations}
+        self._may_go_on = parameters.abbrev_types | self._collocated
+        self._decide = functools.lru_cache(_KEPT_DECISIONS)(super().text_contains_sentbreak)
+
+    def text_contains_sentbreak(self, text: str) -> bool:
+        """Whether a sentence ends in `text`, a possible end with what stands before and behind it."""
+        if plain := _PLAIN_END.match(text):
+            word = plain["word"]
+            if word.lower() not in self._may_go_on if word else not plain["bare"] or "." not in self._collocated:
+                return True
+        return bool(self._decide(text))
 
 
 def _to_json(parameters: PunktParameters) -> dict[str, Any]:

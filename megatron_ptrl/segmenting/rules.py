@@ -51,9 +51,14 @@ def broken_rule(text: str, config: CleanConfig) -> str | None:
         return "bullets"
     if sum(line.endswith(_ELLIPSES) for line in lines) > 0.3 * len(lines):
         return "lines_ending_in_ellipsis"
-    if sum(_ALPHABETIC.search(word) is not None for word in words) < 0.8 * count:
+    # Most words are of letters alone, which is seen at once.
+    others = [word for word in words if not word.isalpha()]
+    if count - len(others) + sum(_ALPHABETIC.search(word) is not None for word in others) < 0.8 * count:
         return "few_alphabetic_words"
-    wanted = config.min_stop_words
-    if wanted and len(STOP_WORDS.intersection(map(str.lower, words))) < wanted:
-        return "few_stop_words"
-    return None
+    found: set[str] = set()
+    for word in words:
+        if len(found) >= config.min_stop_words:
+            return None
+        if (lower := word.lower()) in STOP_WORDS:
+            found.add(lower)
+    return "few_stop_words" if len(found) < config.min_stop_words else None

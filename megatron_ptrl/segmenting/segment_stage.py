@@ -25,11 +25,14 @@ from megatron_ptrl.segmenting.decontaminate import shared_run
 from megatron_ptrl.segmenting.files import KINDS, Files, save_array, write_whole
 from megatron_ptrl.segmenting.mask import mask
 from megatron_ptrl.segmenting.near_duplicates import signatures
-from megatron_ptrl.segmenting.prompts import TAGS, PromptMaker
+from megatron_ptrl.segmenting.prompts import TAGS, Line, PromptMaker
 from megatron_ptrl.segmenting.quality import Score, score_part
 from megatron_ptrl.segmenting.rules import broken_rule
 from megatron_ptrl.segmenting.segments import make_cut
 from megatron_ptrl.segmenting.words import WordHashes, words_of
+
+# A prompt is some kilobytes long.
+_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class SegmentPart:
         paths = {kind: self._files.of_part(kind, number) for kind in KINDS}
         with ExitStack() as stack:
             streams = {
-                kind: stack.enter_context(path.with_name(path.name + suffix).open("wb")) for kind, path in paths.items()
+                kind: stack.enter_context(path.with_name(path.name + suffix).open("wb", _BUFFER))
+                for kind, path in paths.items()
             }
             for item in read_items(part, self._config):
                 counts["documents"] += 1
@@ -132,16 +136,15 @@ class SegmentPart:
             return
         assert isinstance(item.record, Document)
         counts["masked"] += text != item.record.text
-        prompts, skipped, of_segments = self._maker.make(
-            item.id, text, self._cut(text), self._config.seed, {"where": item.place}
-        )
+        made, of_segments = self._maker.make(item.id, text, self._cut(text), self._config.seed, {"where": item.place})
         counts.update({f"segments.{name}": count for name, count in of_segments.items()})
-        for prompt in prompts:
-            counts[f"prompts.{prompt.task}"] += 1
-            yield prompt.task, prompt.to_line()
-        for skip in skipped:
-            counts[f"skipped.{skip.task}.{skip.reason}"] += 1
-            yield "rejects", _reject_line(item, skip.task, Rejected(skip.reason, skip.detail))
+        for one in made:
+            if isinstance(one, Line):
+                counts[f"prompts.{one.task}"] += 1
+                yield one
+            else:
+                counts[f"skipped.{one.task}.{one.reason}"] += 1
+                yield "rejects", _reject_line(item, one.task, Rejected(one.reason, one.detail))
 
     def _cleaned(self, item: Item, duplicates: dict[Position, str]) -> str | Rejected:
         """The text with its masks, or why it is left out."""

@@ -15,8 +15,8 @@ Cut = Callable[[str], list[int]]
 """text -> places; [0] for a blank or empty text, which has no segment."""
 
 PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
-# What Punkt, made for periods before blanks, cannot see: blank lines, and the ends of sentences in other scripts.
-_OTHER_END = re.compile(r"\n[^\S\n]*\n\s*|[。！？｡।॥؟۔]+[」』”’）】》]*\s*")
+# Other scripts' ends of sentences, which Punkt, made for periods before blanks, cannot see.
+_OTHER_END = re.compile(r"[。！？｡।॥؟۔]+[」』”’）】》]*\s*")
 
 
 def make_cut(split: SplitConfig, punkt: Path) -> Cut:
@@ -39,14 +39,17 @@ def _every(starts: list[int], step: int, text: str) -> list[int]:
 
 
 def _punkt(parameters: Path) -> Cut:
-    from megatron_ptrl.segmenting.punkt import open_tokenizer
+    from megatron_ptrl.segmenting.punkt import Tokenizer, read_parameters
 
-    tokenizer = open_tokenizer(parameters)
+    tokenizer = Tokenizer(read_parameters(parameters))
 
     def cut(text: str) -> list[int]:
         # The first sentence begins behind the white space that is to be its own.
         starts = [start for start, _ in tokenizer.span_tokenize(text)][1:]
-        return _tidied(text, [*starts, *(match.end() for match in _OTHER_END.finditer(text))])
+        starts += [match.end() for match in PARAGRAPH_END.finditer(text)]
+        if not text.isascii():
+            starts += [match.end() for match in _OTHER_END.finditer(text)]
+        return _tidied(text, starts)
 
     return cut
 
