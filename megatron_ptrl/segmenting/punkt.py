@@ -51,11 +51,12 @@ _WINDOW = 8
 _SMALLEST_SHARE = 1 << 16
 
 # What NLTK's tokens make of a text up to a possible end of a sentence, and what follows it, where that is simple:
-# the last token is a mark of its own, or a word of no number and no hyphen with its period.
+# the last token is a mark of its own, or a word of no number and no hyphen with its period. NLTK's expressions take
+# other characters for white space than Python's do.
 _PLAIN_END = re.compile(
     r"""(?:.*[\s()\[\]{}":;@*])? `*
     (?: .*[?!] | (?<=[)\]}":;*]) (?P<bare>\.) | (?P<word>[^\W\d] (?:[\w`/=<>$%+|~^\\]|\.(?!\.))+) \. )
-    (?: \s+\S | [)\]}"'\u2019\u201d] $ )""",
+    (?: [ \n]+[^\s.?!-] | [)\]}"'\u2019\u201d] $ )""",
     re.DOTALL | re.VERBOSE,
 )
 _KEPT_DECISIONS = 1 << 16
