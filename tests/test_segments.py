@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 
 import nltk
 import pytest
@@ -53,11 +54,29 @@ GOLDEN = [
 ]
 
 
+WORDS = (
+    "cat dog house tree river stone bread letter king farmer sheep road hill wind lamp garden table horse night music "
+    "child winter apple window story field boat castle forest cloud island bridge kitchen teacher doctor village ring "
+    "market feather lantern basket meadow valley shadow silver copper butter cherry spider needle ladder pocket mirror"
+).split()
+
+
+def tale(seed):
+    """Sentences of which no word ends many."""
+    draw = random.Random(seed)
+    return " ".join(
+        f"The {draw.choice(WORDS)} and {draw.choice(WORDS)} {draw.choice(['saw', 'met'])} the {draw.choice(WORDS)} of "
+        f"some {draw.choice(WORDS)}."
+        for _ in range(9)
+    )
+
+
 @pytest.fixture(scope="module")
 def punkt(tmp_path_factory):
     path = tmp_path_factory.mktemp("punkt") / "punkt.json"
     corpus = tmp_path_factory.mktemp("corpus") / "a.jsonl"
-    corpus.write_text("".join(json.dumps({"text": PROSE * 3}) + "\n" for _ in range(4)))
+    texts = [tale(i) + (" " + PROSE if i % 20 == 0 else "") for i in range(300)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nltk.data, "path", [])
         found = find_parameters(SplitConfig(), [InputFile(str(corpus), "a.jsonl", 1)], "text", 0)
@@ -185,7 +204,7 @@ def test_units(punkt):
 
 
 def test_parameters_survive_json_and_the_seed_draws_the_sample(punkt, tmp_path):
-    first, again = (learn([PROSE * 5, "Gov. Brown of the Gov. office spoke. " * 20], "en") for _ in range(2))
+    first, again = (learn([PROSE * 5, "Gov. Brown of the Gov. office spoke. " * 20], {"dr"})[0] for _ in range(2))
     for name in ("abbrev_types", "collocations", "sent_starters", "ortho_context"):
         assert getattr(first, name) == getattr(again, name)
     copied = read_parameters(punkt)
@@ -202,6 +221,36 @@ def test_parameters_survive_json_and_the_seed_draws_the_sample(punkt, tmp_path):
     assert sample != draw_sample(files, "text", 1, 400_000)
     sizes = [sum(len(text) for text in sample if text[0] == str(number)) for number in range(3)]
     assert max(sizes) - min(sizes) <= 2
+
+
+@pytest.mark.parametrize(
+    "stories, end, why",
+    [
+        (300, "And they lived in peace ever after.", "'after' end too many of its sentences to learn from it"),
+        (300, "", None),
+        (20, "And they lived in peace ever after.", " characters are too few to learn from"),
+    ],
+)
+def test_a_sample_that_misleads_is_not_learned_from(stories, end, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(nltk.data, "path", [])
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{tale(i)} {end}"}) + "\n" for i in range(stories)))
+    found = find_parameters(SplitConfig(), [InputFile(str(path), "a.jsonl", 1)], "text", 0)
+    if why is None:
+        assert found["source"].startswith("learned from") and found["parameters"]["contexts"]
+        return
+    assert found["source"].startswith("the list of ") and why in found["source"]
+    abbreviations = found["parameters"].pop("abbreviations")
+    assert "dr" in abbreviations and "after" not in abbreviations and not any(found["parameters"].values())
+    german = find_parameters(SplitConfig(language="de"), [InputFile(str(path), "a.jsonl", 1)], "text", 0)
+    assert german["source"].startswith("the list of 0 abbreviations alone") and not any(german["parameters"].values())
+
+
+def test_a_frequent_abbreviation_misleads_nobody():
+    """It stands before small letters too, which the last words of texts do not."""
+    sample = [f"{tale(i)} The firm bzw. the shop is bzw. was his, {tale(i)}" for i in range(50)]
+    parameters, why = learn(sample, {"dr"})
+    assert "bzw" in parameters.abbrev_types and not why
 
 
 def test_an_installed_punkt_tab_comes_first(tmp_path, monkeypatch):

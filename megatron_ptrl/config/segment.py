@@ -92,7 +92,8 @@ class SplitConfig:
     """Two letters: which installed punkt_tab is taken, and which of sentencex's rules."""
     punkt: str | None = None
     """A JSON file of parameters, such as another output's punkt.json. Null takes an installed punkt_tab, else a shipped
-    list of English abbreviations and what Punkt learns from a sample of the corpus."""
+    list of English abbreviations and what Punkt learns from a sample of the corpus; the list alone where the sample is
+    small, or its sentences end alike."""
     punkt_megabytes: float = 2.0
     """That sample's size; learning from 2 MB takes some 4 s, and more than linearly longer from more."""
 

@@ -1,6 +1,6 @@
 """Which parameters NLTK's Punkt works with: given, installed, or learned from a sample of the corpus.
 
-    split.punkt  >  punkt_tab where it is installed  >  abbreviations.txt + PunktTrainer on a sample
+    split.punkt  >  punkt_tab where it is installed  >  abbreviations.txt + PunktTrainer on a sample fit for it
                                                                             |
                                                     OUTPUT/punkt.json  <----+   every process reads this
 
@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ _PLAIN_END = re.compile(
 )
 _KEPT_DECISIONS = 1 << 16
 
+# Below it, a name that ends some sentences passes for an abbreviation.
+_SMALLEST_SAMPLE = 100_000
+# Share of all periods: in prose, no word but those of the list has as much.
+_FREQUENT = 0.01
+
 # NLTK gives up on an expression after five seconds by the clock; no clock may decide what comes out.
 redos.DEFAULT_TIMEOUT = None
 
@@ -79,23 +84,48 @@ def find_parameters(split: SplitConfig, files: Sequence[InputFile], text_field: 
         pass
     sample = draw_sample(files, text_field, seed, int(split.punkt_megabytes * 1e6))
     digest = hashlib.sha256("\0".join(sample).encode("utf-8", "surrogatepass")).hexdigest()
-    return {
-        "source": f"learned from {sum(map(len, sample)):,} characters of the corpus",
-        "sample": digest,
-        "parameters": _to_json(learn(sample, split.language)),
-    }
+    listed = frozenset(ABBREVIATIONS.read_text().split()) if split.language == "en" else frozenset[str]()
+    size = sum(map(len, sample))
+    if size < _SMALLEST_SAMPLE:
+        parameters, why = PunktParameters(), f"{size:,} characters are too few to learn from"
+    else:
+        parameters, why = learn(sample, listed)
+    if why:
+        parameters = PunktParameters()
+        source = f"the list of {len(listed)} abbreviations alone: {why}; split.punkt takes other parameters"
+    else:
+        source = f"learned from {size:,} characters of the corpus"
+    parameters.abbrev_types.update(listed)
+    return {"source": source, "sample": digest, "parameters": _to_json(parameters)}
 
 
-def learn(sample: Sequence[str], language: str) -> PunktParameters:
-    """Parameters from texts; for English with the shipped abbreviations."""
+def learn(sample: Sequence[str], listed: Set[str]) -> tuple[PunktParameters, str]:
+    """Parameters from texts, and why they are of no use, or "".
+
+    Punkt takes a word that nearly always has a period for an abbreviation, and so the last words of texts that are
+    made by one pattern. None but `listed` ones are as frequent in other texts as such words are, or are never
+    followed by a word in lower case or a number.
+    """
     trainer = PunktTrainer()
     for text in sample:
         trainer.train(text, finalize=False)
     trainer.finalize_training()
     parameters = trainer.get_params()
-    if language == "en":
-        parameters.abbrev_types.update(ABBREVIATIONS.read_text().split())
-    return parameters
+    ends = [
+        word
+        for word in sorted(parameters.abbrev_types - listed)
+        if len(word) > 1
+        and trainer._type_fdist[word + "."] > _FREQUENT * trainer._num_period_toks
+        and _ends_sentences(word, sample)
+    ]
+    return parameters, f"{', '.join(map(repr, ends))} end too many of its sentences to learn from it" if ends else ""
+
+
+def _ends_sentences(word: str, sample: Sequence[str]) -> bool:
+    """Whether next to nothing but an upper-case letter or the end of a text follows the word's period."""
+    next_letter = re.compile(rf"(?<!\w){re.escape(word)}\.[ \n]+(\w)", re.IGNORECASE)
+    followers = [match[1] for text in sample for match in next_letter.finditer(text)]
+    return sum(not follower.isupper() for follower in followers) <= _FREQUENT * len(followers)
 
 
 def draw_sample(files: Sequence[InputFile], text_field: str, seed: int, characters: int) -> list[str]:
