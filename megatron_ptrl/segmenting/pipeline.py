@@ -90,7 +90,10 @@ def _all_done(config: SegmentConfig, files: Files, step: PartStep, parts: int) -
     server = config.quality.server
     execute(step, config.executor, files.output / "logs", job_name="ptrl_segment", key_env=server.api_key_env)
     if config.executor.kind == "slurm":
-        print(f"{files.output}: {step.name}, {len(step.left)} of {parts} parts submitted; repeat the command when done")
+        print(
+            f"{files.output}: {step.name}, {len(step.left)} of {parts} parts submitted; "
+            "repeat the command when they are done"
+        )
         return False
     return True
 
