@@ -2,8 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import random
 import re
+import shutil
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -228,6 +231,58 @@ def test_another_corpus_or_other_settings_are_refused(corpus, evaluation, tmp_pa
     ):
         with pytest.raises(InputError, match=f"is of another {named}; remove it, or choose another output"):
             run(settings(corpus, tmp_path / "out", **changed))
+
+
+def test_one_process_at_a_time(corpus, tmp_path):
+    """A second one must not remove the parts that the first still writes."""
+    config = settings(corpus, tmp_path / "out")
+    process = multiprocessing.get_context("fork").Process(target=run, args=(config,))
+    process.start()
+    try:
+        while not (tmp_path / "out" / "clean").exists():
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGSTOP)
+        assert not (tmp_path / "out" / "summary.json").exists()
+        with pytest.raises(InputError, match="out: another process is writing there; wait for its end"):
+            run(config)
+    finally:
+        process.kill()
+        process.join()
+    run(config)
+    assert (tmp_path / "out" / "asr.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("summary.json", b"junk", "out is damaged .*; remove it and repeat the command"),
+        ("summary.json", b"{}", "out is damaged .no counts.; remove it"),
+        ("asr.jsonl", None, "out is damaged .no asr.jsonl.; remove it"),
+        ("clean/signatures/00000.npy", b"junk", "00000.npy is damaged .*; remove it, and it is made again"),
+        ("clean/duplicates.npy", b"\x93NUMPY", "duplicates.npy is damaged"),
+        ("punkt.json", b"{", "punkt.json: .*expected a punkt.json"),
+    ],
+)
+def test_damaged_files_are_told(name, content, said, undisturbed, corpus, evaluation, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    if "asr" not in name and "summary" not in name:
+        (output / "summary.json").unlink()
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    (output / name).unlink(missing_ok=True)
+    if content is not None:
+        (output / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        run(settings(corpus, output, clean=CleanConfig(decontaminate=[str(evaluation)])))
+
+
+def test_a_full_disk_is_told(corpus, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_ptrl.segmenting.pipeline.write_whole", full)
+    with pytest.raises(InputError, match="out: .*No space left on device; what is done is kept, repeat the command"):
+        run(settings(corpus, tmp_path / "out"))
 
 
 BAD = {

@@ -1,10 +1,15 @@
 """The files of an output of `ptrl segment`, and how one is written."""
 
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
+
+from megatron_ptrl.errors import InputError
 
 KINDS = ("asr", "msr", "rejects")
 """What a part has lines of."""
@@ -36,6 +41,30 @@ class Files:
     def counts(self, part: int) -> Path:
         """There once the part is finished."""
         return self.parts / f"{part:05d}.json"
+
+
+@contextmanager
+def only_writer(files: Files) -> Iterator[None]:
+    """The output is this process's own meanwhile. Raises InputError where it is another's."""
+    with files.plan.open("rb+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{files.output}: another process is writing there; wait for its end, or choose another output"
+            ) from error
+        yield
+
+
+def load_array(path: Path, dtype: numpy.dtype) -> numpy.ndarray:
+    """What `save_array` wrote, mapped. Raises InputError for a file that is damaged."""
+    try:
+        array = numpy.load(path, mmap_mode="r")
+        if array.dtype != dtype:
+            raise ValueError(f"dtype {array.dtype}")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, and it is made again") from error
+    return array
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -25,8 +25,8 @@ from megatron_ptrl.data.input_parts import Part, begin, list_inputs, make_parts
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.executors import PartStep, execute
 from megatron_ptrl.segmenting.decontaminate import index_runs
-from megatron_ptrl.segmenting.files import KINDS, Files, save_array, write_whole
-from megatron_ptrl.segmenting.near_duplicates import find_duplicates
+from megatron_ptrl.segmenting.files import KINDS, Files, load_array, only_writer, save_array, write_whole
+from megatron_ptrl.segmenting.near_duplicates import SIGNATURE, find_duplicates
 from megatron_ptrl.segmenting.prompts import PromptMaker, load_template
 from megatron_ptrl.segmenting.segment_stage import SegmentPart, write_signatures
 from megatron_ptrl.segmenting.segments import make_cut
@@ -44,12 +44,17 @@ def run(config: SegmentConfig) -> None:
     PromptMaker(config.task)
     runs, texts, short = index_runs(config.clean.decontaminate, config.clean.decontaminate_words)
     begin(files.output, _plan(config, parts, runs))
-    if not files.summary.exists() and not _segment(config, files, parts, runs):
-        return
-    shutil.rmtree(files.parts, ignore_errors=True)
-    shutil.rmtree(files.clean, ignore_errors=True)
-    summary = json.loads(files.summary.read_text())
-    print("\n".join(_told(files.output, summary)))
+    try:
+        with only_writer(files):
+            if not files.summary.exists() and not _segment(config, files, parts, runs):
+                return
+            shutil.rmtree(files.parts, ignore_errors=True)
+            shutil.rmtree(files.clean, ignore_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"{files.output}: {error}; what is done is kept, repeat the command when that is mended"
+        ) from error
+    print("\n".join(_told(files.output, _read_summary(config, files))))
     if config.clean.decontaminate and short:
         print(f"evaluation texts too short to be looked for: {short:,} of {texts:,}")
 
@@ -60,7 +65,7 @@ def _segment(config: SegmentConfig, files: Files, parts: list[Part], runs: numpy
         left = [number for number in range(len(parts)) if not files.signatures(number).exists()]
         if not _all_done(config, files, SignStep(config, parts, left), len(parts)):
             return False
-        rows = [numpy.load(files.signatures(number), mmap_mode="r") for number in range(len(parts))]
+        rows = [load_array(files.signatures(number), SIGNATURE) for number in range(len(parts))]
         save_array(files.duplicates, find_duplicates(rows))
     if config.clean.decontaminate:
         save_array(files.evaluation_runs, runs)
@@ -155,6 +160,17 @@ def _concatenate(sources: Iterable[Path], target: Path) -> None:
             with source.open("rb") as stream:
                 shutil.copyfileobj(stream, output, 1 << 20)
     temporary.replace(target)
+
+
+def _read_summary(config: SegmentConfig, files: Files) -> dict[str, Any]:
+    try:
+        summary = dict(json.loads(files.summary.read_bytes()))
+        gone = [f"{kind}.jsonl" for kind in config.task.tasks if not (files.output / f"{kind}.jsonl").is_file()]
+        if gone or not {"counts", "sentences_by"} <= summary.keys():
+            raise ValueError(f"no {', '.join(gone) or 'counts'}")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{files.output} is damaged ({error}); remove it and repeat the command") from error
+    return summary
 
 
 def _told(output: Path, summary: dict[str, Any]) -> list[str]:

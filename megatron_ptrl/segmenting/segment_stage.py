@@ -22,9 +22,9 @@ from megatron_ptrl.config import SegmentConfig
 from megatron_ptrl.data.input_parts import Part, Position, Unreadable, read_part
 from megatron_ptrl.records import Document, to_line
 from megatron_ptrl.segmenting.decontaminate import shared_run
-from megatron_ptrl.segmenting.files import KINDS, Files, save_array, write_whole
+from megatron_ptrl.segmenting.files import KINDS, Files, load_array, save_array, write_whole
 from megatron_ptrl.segmenting.mask import mask
-from megatron_ptrl.segmenting.near_duplicates import signatures
+from megatron_ptrl.segmenting.near_duplicates import DUPLICATE, signatures
 from megatron_ptrl.segmenting.prompts import TAGS, Line, PromptMaker
 from megatron_ptrl.segmenting.quality import Score, score_part
 from megatron_ptrl.segmenting.rules import broken_rule
@@ -97,8 +97,8 @@ class SegmentPart:
         self._cut = make_cut(config.split, files.punkt)
         self._maker = PromptMaker(config.task)
         self._hashes = WordHashes()
-        self._runs = numpy.load(files.evaluation_runs, mmap_mode="r") if config.clean.decontaminate else None
-        self._duplicates = numpy.load(files.duplicates) if config.clean.near_duplicates else None
+        self._runs = load_array(files.evaluation_runs, numpy.dtype("u8")) if config.clean.decontaminate else None
+        self._duplicates = load_array(files.duplicates, DUPLICATE) if config.clean.near_duplicates else None
 
     def run(self, number: int) -> None:
         """Write the prompts, rejects and counts of part `number`, the counts last."""
