@@ -189,6 +189,15 @@ def test_what_is_refused(ranks, alone, tmp_path, unscored):
     other.parent.mkdir()
     other.write_text('{"question": "?", "answer": 1}\n')
     new = {"output": str(tmp_path / "e"), "data": []}
+    surrogate = tmp_path / "surrogate.jsonl"
+    surrogate.write_text('{"question": "\\ud800", "answer": "1"}\n')
+    for name, file, content in (
+        ("plan", "plan.json", "{"),
+        ("list", "plan.json", "[1]"),
+        ("lines", "samples.jsonl", "{}\n"),
+    ):
+        shutil.copytree(alone[0]["output"], tmp_path / name)
+        (tmp_path / name / file).write_text(content)
     for changes, said in (
         ({"rollout.temperature": 0.7}, "is of an evaluation with another rollout; remove it"),
         ({"prompts": [str(other)], "data": []}, "with another data, prompts, files"),
@@ -200,6 +209,10 @@ def test_what_is_refused(ranks, alone, tmp_path, unscored):
         ),
         (new | {"rollout.max_tokens": 64, "output": str(tmp_path / "h")}, "expected less than the window 64"),
         ({"data": [unscored, unscored], "output": str(tmp_path / "i")}, "two prefixes end in data"),
+        (new | {"prompts": [str(surrogate)], "output": str(tmp_path / "j")}, "none can be used; .*surrogate.jsonl:1"),
+        ({"output": str(tmp_path / "plan")}, "plan.json is damaged .*; remove the folder"),
+        ({"output": str(tmp_path / "list")}, "plan.json is damaged .*; remove the folder"),
+        ({"output": str(tmp_path / "lines")}, "samples.jsonl: a line has no place; remove the folder"),
     ):
         with pytest.raises(AssertionError, match=said):
             ranks.run(1, evaluate_all, [alone[0] | changes])

@@ -78,7 +78,7 @@ class EvaluateConfig:
     template: str | None = None
     """How conversations are written, as `data.template` of `ptrl sft`; null for that of the checkpoint's run."""
     k: list[int] = field(default_factory=lambda: [1, 8])
-    """Of pass@k."""
+    """Of pass@k; one that is larger than rollout.samples is left out."""
     rollout: AnswersConfig = field(default_factory=AnswersConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)

@@ -52,7 +52,7 @@ def read(
             continue
         try:
             ids = encode_prompt(template, tokenizer, asked.prompt.messages).tolist()
-        except InputError as error:
+        except (InputError, TypeError) as error:  # the tokenizer's word for half of a surrogate pair
             rejects.append(_reject(asked, "unreadable", str(error)))
             continue
         if 0 < len(ids) <= room:
@@ -73,6 +73,8 @@ def keep_whole(output: Path, samples: int, rejects: list[Line]) -> list[int]:
     """Write the rejects; places of the prompts that have all their samples, the only ones whose lines stay."""
     counts: dict[int, int] = {}
     for line in read_lines(output / SAMPLES):
+        if not isinstance(line.get("place"), int):
+            raise InputError(f"{output / SAMPLES}: a line has no place; remove the folder to start over")
         counts[line["place"]] = counts.get(line["place"], 0) + 1
     whole = {place for place, count in counts.items() if count == samples}
     Lines(output / SAMPLES, keep=lambda line: line["place"] in whole).close()

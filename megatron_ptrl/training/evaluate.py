@@ -132,7 +132,10 @@ class Evaluation:
                     stream.write(json.dumps(plan, indent=1).encode())
         except OSError as error:
             raise InputError(f"output {self.output}: {error.strerror}; name a folder that can be written") from error
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}); remove the folder to start over") from error
         different = [name for name in plan if found.get(name) != plan[name]]
         if different:
             raise InputError(
@@ -257,6 +260,10 @@ class Evaluation:
         self.say(shown)
         if rejects:
             self.say(f"{len(rejects)} prompts were put aside, the first for: {rejects[0]['detail']} ({REJECTS})")
+        needed = [k for k in config.k if k > self.answers.samples]
+        if prompts and needed:
+            names = ", ".join(f"pass@{k}" for k in needed)
+            self.say(f"no {names}: it needs as many samples of a prompt, and rollout.samples is {self.answers.samples}")
         self.say(
             f"{self.output}: step {self.manifest['step']}, results.json, results.md"
             + (f", {SAMPLES}" if prompts else "")
