@@ -16,7 +16,13 @@ _DEFINE_THE_MODEL = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
     *("normalization", "layernorm_epsilon", "qk_layernorm", "gated_linear_unit", "add_bias_linear", "add_qkv_bias"),
     *("activation_func", "share_embeddings_and_output_weights", "rotary_base", "make_vocab_size_divisible_by"),
-    *("num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_shared_expert_intermediate_size"),
+    *(
+        "rope_scaling_factor",
+        "num_moe_experts",
+        "moe_ffn_hidden_size",
+        "moe_layer_freq",
+        "moe_shared_expert_intermediate_size",
+    ),
     *("moe_router_topk", "mtp_num_layers"),
 )
 _MUST_STAY = {
