@@ -87,6 +87,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return json.loads((path / MANIFEST).read_text())
 
 
+def write_manifest(folder: Path, progress: Progress, about: dict[str, Any], layout: dict[str, int]) -> None:
+    """List the files of a checkpoint, which are all there, with their sizes; from then on it is whole."""
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    manifest = {**dataclasses.asdict(progress), **about, "layout": layout, "files": files}
+    _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
 def save(
     directory: Path,
     progress: Progress,
@@ -124,9 +131,7 @@ def save(
         raise InputError(f"{partial} could not be written ({free} MiB free there): {error}") from error
     dist.barrier()
     if dist.get_rank() == 0:
-        files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-        manifest = {**dataclasses.asdict(progress), **about, "layout": _layout(), "files": files}
-        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+        write_manifest(partial, progress, about, _layout())
         os.replace(partial, path)
         _prune(directory, progress.step, keep)
     dist.barrier()

@@ -55,6 +55,11 @@ def restore(
     notes = [f"not loaded: {reason}" for reason in found.passed_over]
     if found.path is not None:
         check_same_model(found.path, config, tokenizer)
+        if checkpoint.read_manifest(found.path).get("weights_only"):
+            raise InputError(
+                f"{found.path} has weights alone, so no run can continue from it; start one with --checkpoint.load "
+                f"{config.run_dir} and another run_dir"
+            )
         changed = _check_settings(found.path, config)
         progress, whole = checkpoint.load(found.path, chunks, optimizer, scheduler)
         notes += [f"continuing from {found.path} (step {progress.step})", *changed]
