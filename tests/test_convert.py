@@ -47,7 +47,7 @@ def our_logits(rank: int, world_size: int, run_dir: str, tokens: torch.Tensor) -
     from megatron_ptrl.training.frozen import load_frozen_model
     from megatron_ptrl.training.resume import check_same_model
 
-    config = parse(PretrainConfig, ["--config", f"{run_dir}/config.yaml"], prog="ptrl")
+    config = parse(PretrainConfig, ["--config", f"{run_dir}/config.yaml", "--parallel.tp=1"], prog="ptrl")
     path = checkpoint.newest_whole(Path(run_dir) / "checkpoints").path
     tokenizer = Tokenizer(config.data.tokenizer, config.data.eod_token)
     check_same_model(path, config, tokenizer)
@@ -99,7 +99,7 @@ def test_every_layout_trains_the_converted_model(ranks, prefix, tmp_path):
         for name, value in tiny_config(prefix, tmp_path, train__steps=1, optimizer__warmup_steps=0).items()
         if not name.startswith("model.")
     }
-    settings |= {"config": str(run / "config.yaml"), "checkpoint.load": str(run)}
+    settings = {"config": str(run / "config.yaml"), **settings, "checkpoint.load": str(run)}
     first = {}
     for layout, world_size in (("alone", 1), ("tp", 2), ("pp", 2)):
         changed = {} if layout == "alone" else {f"parallel.{layout}": 2}

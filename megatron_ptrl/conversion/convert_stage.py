@@ -1,4 +1,4 @@
-"""`ptrl convert`: Hugging Face's checkpoints to ours and back, without a GPU and without holding the model in memory.
+"""`ptrl convert`: checkpoints of Hugging Face and Megatron-LM to ours and back, on a CPU, a tensor at a time.
 
 The output is written under a hidden name beside its own and renamed when it is whole.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_ptrl.config import ConvertConfig
 from megatron_ptrl.conversion.hf_input import from_hf_folder
 from megatron_ptrl.conversion.hf_output import to_hf_folder
+from megatron_ptrl.conversion.megatron_lm import from_megatron_lm, is_megatron_lm, to_megatron_lm
 from megatron_ptrl.errors import InputError
 
 
@@ -26,6 +27,10 @@ def run(config: ConvertConfig) -> None:
         partial.mkdir(parents=True)
         if (source / "config.json").is_file():
             told = from_hf_folder(config, source, partial, final)
+        elif is_megatron_lm(source):
+            told = from_megatron_lm(config, source, partial, final)
+        elif config.to == "megatron_lm":
+            told = to_megatron_lm(config, partial, final)
         else:
             told = to_hf_folder(config, partial, final)
         os.replace(partial, final)

@@ -7,6 +7,7 @@ RUN/checkpoints/step_00000000/     the weights, for --checkpoint.load and everyt
 RUN/hf/                            tokenizer, chat template and config.json as they came
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -94,9 +95,9 @@ def parsed(settings: dict[str, dict[str, Any]]) -> PretrainConfig:
     return parse(PretrainConfig, words, prog="ptrl convert")
 
 
-def write_settings(output: Path, run: PretrainConfig) -> None:
-    """config.yaml, of what every stage that trains has."""
-    shared = {
+def write_settings(output: Path, run: PretrainConfig, *, whole: bool = False) -> None:
+    """config.yaml: what every stage that trains has, or the `whole` of a run of `ptrl pretrain` that is to go on."""
+    shared: dict[str, Any] = {
         "model": model_fields(run.model),
         "data": {
             "tokenizer": run.data.tokenizer,
@@ -105,6 +106,8 @@ def write_settings(output: Path, run: PretrainConfig) -> None:
         },
         "train": {"precision": run.train.precision},
     }
+    if whole:
+        shared |= {name: dataclasses.asdict(getattr(run, name)) for name in ("train", "optimizer", "parallel")}
     (output / "config.yaml").write_text(yaml.safe_dump(shared, sort_keys=False))
 
 

@@ -91,6 +91,13 @@ def _write_item(part: Part) -> WriteItem:
     return WriteItem(MetadataIndex(part.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """A value as another checkpoint has it."""
+
+    stream: io.BytesIO
+
+
 class _SavePlanner(DefaultSavePlanner):
     def __init__(self, read: Callable[[Part], Tensor], objects: dict[str, Any]) -> None:
         super().__init__()
@@ -98,8 +105,11 @@ class _SavePlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.tensor_data is None:
+            value = self._objects[write_item.index.fqn]
+            if isinstance(value, _Bytes):
+                return value.stream
             stream = io.BytesIO()
-            torch.save([self._objects[write_item.index.fqn]], stream)  # a list, as Megatron-Core packs them
+            torch.save([value], stream)  # a list, as Megatron-Core packs them
             return stream
         data = write_item.tensor_data
         offsets, sizes = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
@@ -135,6 +145,13 @@ class Reader:
         self.objects = {key for key, told in stored.items() if isinstance(told, BytesStorageMetadata)}
         """Names of what is no tensor."""
 
+    def pieces(self, key: str) -> list[Part]:
+        """The parts that a tensor was written in."""
+        told = self._metadata.state_dict_metadata[key]
+        assert isinstance(told, TensorStorageMetadata)
+        shape, dtype = self.tensors[key]
+        return [Part(key, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype) for chunk in told.chunks]
+
     def read(self, part: Part) -> Tensor:
         """The values of a part. Cost in memory: them, and the largest piece that one rank wrote of the tensor.
 
@@ -160,6 +177,16 @@ class Reader:
         planner = _LoadPlanner(torch.empty(0))
         self._reader.read_data(LoadPlan([ReadItem(LoadItemType.BYTE_IO, index, none, index, none, none)]), planner)
         return planner.bytes
+
+
+def copy(reader: Reader, folder: Path, common: dict[str, Any], wanted: Callable[[str], bool]) -> None:
+    """What is `wanted` of a checkpoint, cut as it was, into the empty `folder`, with other notes in common.pt.
+
+    Cost in memory: the largest piece that one rank wrote. Raises InputError and OSError.
+    """
+    objects = {name: _Bytes(reader.read_object(name)) for name in sorted(reader.objects) if wanted(name)}
+    groups = [reader.pieces(key) for key in reader.tensors if wanted(key)]
+    write(folder, groups, reader.read, objects=list(objects.items()), common=common)
 
 
 class _LoadPlanner(DefaultLoadPlanner):

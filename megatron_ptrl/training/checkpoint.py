@@ -141,10 +141,11 @@ def save(
 def load(path: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple[Progress, bool]:
     """Restore everything from a whole checkpoint; returns the progress and whether the random state came along.
 
-    Under another layout than the one that saved it, weights, optimizer and schedule are restored and the random state
-    (dropout) starts anew. Collective over all ranks.
+    Under another layout than the one that saved it, or from another program, weights, optimizer and schedule are
+    restored and the random state (dropout) starts anew. Collective over all ranks.
     """
-    same_layout = read_manifest(path)["layout"] == _layout()
+    manifest = read_manifest(path)
+    same_layout = manifest["layout"] == _layout() and manifest.get("random_state", True)
     fill_adam_state(optimizer)
     wanted = _sharded_state(chunks, optimizer, is_loading=True)
     if not same_layout:

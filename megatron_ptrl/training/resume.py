@@ -64,7 +64,7 @@ def restore(
         progress, whole = checkpoint.load(found.path, chunks, optimizer, scheduler)
         notes += [f"continuing from {found.path} (step {progress.step})", *changed]
         if not whole:
-            notes.append("the layout differs from the one that saved it: the random state of dropout starts anew")
+            notes.append("another layout or program saved it: the random state of dropout starts anew")
         return progress, notes
     if found.named:
         raise InputError(
