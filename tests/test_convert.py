@@ -141,6 +141,56 @@ def test_bf16_stays_bf16(ranks, prefix, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def peak_of(rank: int, world_size: int, *words: str) -> float:
+    """MB that `ptrl` needs at the most in a process of the pool, beyond those at the start."""
+    import gc
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    code, told = ptrl(rank, world_size, *words)
+    assert code == 0, told
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1e3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of memory there")
+def test_the_model_is_never_in_memory_as_a_whole(ranks, prefix, tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12}
+    make(source, "llama", f"{prefix}.tokenizer.json", **sizes)
+    size = (source / "model.safetensors").stat().st_size / 1e6
+    largest = 8192 * 512 * 4 / 1e6
+    assert size > 8 * largest
+    for words in ((source, run), (run, tmp_path / "back")):
+        peak = ranks.run(1, peak_of, "convert", "--input", str(words[0]), "--output", str(words[1]))[0]
+        assert peak < 3 * largest + 10, (peak, size, largest)
+
+
+def test_its_settings_are_those_of_every_stage_that_trains(ranks, prefix, tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    make(source, "qwen2", f"{prefix}.tokenizer.json")
+    convert(ranks, source, run)
+    for stage in ("PretrainConfig", "SFTConfig", "RLConfig"):
+        model, tokenizer = ranks.run(1, settings_of, stage, str(run / "config.yaml"))[0]
+        assert model["add_qkv_bias"] and model["hidden_size"] == 64 and model["share_embeddings_and_output_weights"]
+        assert tokenizer == str(run / "hf" / "tokenizer.json") and Path(tokenizer).is_file()
+
+
+def settings_of(rank: int, world_size: int, stage: str, path: str) -> tuple[dict[str, Any], str]:
+    from megatron_ptrl import config
+    from megatron_ptrl.cli import parse
+    from megatron_ptrl.training.resume import model_fields
+
+    words = ["--config", path, *(["--data.seq_length=16384"] if stage == "RLConfig" else [])]
+    run = parse(getattr(config, stage), words, prog="ptrl")
+    return model_fields(run.model), run.data.tokenizer
+
+
 def test_no_run_continues_from_weights_alone(ranks, prefix, tmp_path):
     source, run = tmp_path / "source", tmp_path / "run"
     make(source, "llama", f"{prefix}.tokenizer.json")
