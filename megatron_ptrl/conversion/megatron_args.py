@@ -27,6 +27,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": (None,),
     "fp16": (False,),
 }
+# Where a checkpoint says how its parts are stored.
+CONTENT = "content_metadata"
 _DECAYS = {"constant": "constant", "cosine": "cosine", "WSD": "wsd"}
 
 
@@ -109,13 +111,13 @@ def _optimizer(told: dict[str, Any], batch: int) -> dict[str, Any]:
     return found
 
 
-def cannot_continue(args: Namespace, metadata: dict[str, Any] | None) -> str | None:
+def cannot_continue(args: Namespace, common: dict[str, Any]) -> str | None:
     """Why no run of ours can go on with the optimizer of a checkpoint; None where one can.
 
-    metadata: what Megatron-Core wrote of the checkpoint's content
+    common: what its common.pt holds
     """
     told = vars(args)
-    sharding = (metadata or {}).get("distrib_optim_sharding_type")
+    sharding = (common.get(CONTENT) or {}).get("distrib_optim_sharding_type")
     if told.get("no_save_optim"):
         return "it was saved with --no-save-optim"
     if told.get("use_distributed_optimizer") and sharding != "fully_reshardable":
@@ -123,6 +125,11 @@ def cannot_continue(args: Namespace, metadata: dict[str, Any] | None) -> str | N
             f"its distributed optimizer is stored as {sharding}, in buckets that depend on its ranks; load it once in "
             "Megatron-LM and save it with --dist-ckpt-optim-fully-reshardable"
         )
+    for name in ("optimizer", "opt_param_scheduler", "iteration"):
+        if name not in common:
+            return f"it has no {name}"
+    if "consumed_train_samples" not in told:
+        return "its args have no consumed_train_samples"
     if told.get("optimizer", "adam") != "adam":
         return f"its optimizer is {told['optimizer']}; expected adam"
     if told.get("use_precision_aware_optimizer"):

@@ -6,6 +6,7 @@
 What goes along: weights, Adam's moments and fp32 weights, step, samples, schedule. What does not: the random state.
 """
 
+import dataclasses
 import pickle
 import shutil
 from argparse import Namespace
@@ -20,8 +21,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from megatron_ptrl.config import ConvertConfig, PretrainConfig
 from megatron_ptrl.conversion import torch_dist
 from megatron_ptrl.conversion.hf_input import divisor, parsed, write_settings
-from megatron_ptrl.conversion.megatron_args import args_of, cannot_continue, settings_of
+from megatron_ptrl.conversion.megatron_args import CONTENT, args_of, cannot_continue, settings_of
 from megatron_ptrl.conversion.torch_dist import COMMON, Reader
+from megatron_ptrl.conversion.weights import empty_objects
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint
@@ -32,7 +34,6 @@ from megatron_ptrl.training.resume import describe, find_source
 TRACKER = "latest_checkpointed_iteration.txt"
 _OPTIMIZER = "optimizer."
 _EMBEDDING = "embedding.word_embeddings.weight"
-_CONTENT = "content_metadata"
 
 
 class _Inert:
@@ -108,43 +109,52 @@ def from_megatron_lm(config: ConvertConfig, source: Path, output: Path, final: P
     shutil.copyfile(tokenizer.path, output / "tokenizer" / "tokenizer.json")
     settings["data"]["tokenizer"] = str(final / "tokenizer" / "tokenizer.json")
     settings["data"]["eod_token"] = tokenizer.eod_token
-    if config.seq_length:
-        settings["data"]["seq_length"] = config.seq_length
-    reason = cannot_continue(args, common.get(_CONTENT))
-    if reason is None and "optimizer" not in common:
-        reason = "it has no optimizer"
+    settings["data"]["seq_length"] = config.seq_length or settings["data"]["seq_length"]
+    reason = cannot_continue(args, common)
     run = parsed(settings)
     write_settings(output, run, whole=reason is None)
-    step = int(common.get("iteration", 0)) if reason is None else 0
-    progress = Progress(step, int(getattr(args, "consumed_train_samples", 0)) if step else 0)
-    target = output / "checkpoints" / f"step_{step:08d}"
-    target.mkdir(parents=True)
-    notes: dict[str, Any] = {}
-    if reason is None:
-        run_state = {"step": step, "consumed_samples": progress.consumed_samples, "consumed_tokens": 0}
-        notes = {
-            "optimizer": common["optimizer"],
-            "run": {**run_state, "scheduler": common.get("opt_param_scheduler") or {}},
-        }
-    torch_dist.copy(
-        reader, target, notes, lambda key: not key.startswith("rng_state") and (reason is None or _of_the_model(key))
-    )
-    layout = {"tp": run.parallel.tp, "pp": run.parallel.pp, "cp": int(getattr(args, "context_parallel_size", 1))}
-    about = {
-        **describe(run, tokenizer),
-        "weights_only": reason is not None,
-        "random_state": False,
-        "source": str(path),
-    }
-    checkpoint.write_manifest(target, progress, about, {"world_size": int(getattr(args, "world_size", 1)), **layout})
+    progress = Progress() if reason else Progress(common["iteration"], args.consumed_train_samples)
+    _write_ours(output, reader, common, progress, run, {**describe(run, tokenizer), "weights_only": reason is not None})
     told = f"{final}: {path} of Megatron-LM, vocabulary {tokenizer.vocab_size} in {rows} rows"
+    begin = f"ptrl pretrain --config {final / 'config.yaml'}"
     if reason is not None:
-        use = f"ptrl pretrain --config {final / 'config.yaml'} --checkpoint.load {final} --run_dir ... --data.train ..."
+        use = f"{begin} --checkpoint.load {final} --run_dir ... --data.train ..."
         return f"{told}\n  weights alone: {reason}\n  {use}"
     return (
-        f"{told}, continuing at step {step} after {progress.consumed_samples:,} samples\n"
-        f"  ptrl pretrain --config {final / 'config.yaml'} --run_dir {final} --data.train ..."
+        f"{told}, continuing at step {progress.step} after {progress.consumed_samples:,} samples\n"
+        f"  {begin} --run_dir {final} --data.train ..."
     )
+
+
+def _write_ours(
+    output: Path, reader: Reader, theirs: dict[str, Any], progress: Progress, run: PretrainConfig, about: dict[str, Any]
+) -> None:
+    """A checkpoint of ours in the run directory `output`."""
+    path = output / "checkpoints" / f"step_{progress.step:08d}"
+    path.mkdir(parents=True)
+    common: dict[str, Any] = {}
+    if not about["weights_only"]:
+        progress_and_schedule = {**dataclasses.asdict(progress), "scheduler": theirs["opt_param_scheduler"]}
+        common = {"optimizer": theirs["optimizer"], "run": progress_and_schedule}
+    # Their values are state of fp8 at most, which builds up again; what loads a checkpoint asks for their names.
+    objects = {name for name in reader.objects if name.partition("/")[0].endswith("._extra_state")}
+    objects |= {name for name, _ in empty_objects(run.model.num_layers)}
+    torch_dist.copy(
+        reader,
+        path,
+        common,
+        lambda key: not (about["weights_only"] and key.startswith(_OPTIMIZER)),
+        objects=[(name, None) for name in sorted(objects)],
+    )
+    args = theirs["args"]
+    layout = {
+        "world_size": int(getattr(args, "world_size", 1)),
+        "tp": run.parallel.tp,
+        "pp": run.parallel.pp,
+        "cp": int(getattr(args, "context_parallel_size", 1)),
+    }
+    about = {**about, "random_state": False, "source": str(reader.folder)}
+    checkpoint.write_manifest(path, progress, about, layout)
 
 
 def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
@@ -163,13 +173,15 @@ def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
         }
-    common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": manifest["step"], _CONTENT: content}
+    common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": manifest["step"], CONTENT: content}
     if not weights_only:
         ours = read_common(path)
         common |= {"optimizer": ours["optimizer"], "opt_param_scheduler": ours["run"]["scheduler"]}
     name = "release" if weights_only else f"iter_{manifest['step']:07d}"
     (output / name).mkdir()
-    torch_dist.copy(Reader(path), output / name, common, lambda key: not key.startswith("random_state"))
+    reader = Reader(path)
+    objects = [(key, reader.read_object(key)) for key in sorted(reader.objects) if not key.startswith("random_state")]
+    torch_dist.copy(reader, output / name, common, lambda key: True, objects=objects)
     (output / TRACKER).write_text("release" if weights_only else str(manifest["step"]))
     what = "weights" if weights_only else f"iteration {manifest['step']} with its optimizer"
     return "\n".join([*notes, f"{final}: {path} for Megatron-LM, {what}: --load {final} --ckpt-format torch_dist"])
@@ -193,10 +205,6 @@ def _run_of(manifest: dict[str, Any], path: Path) -> PretrainConfig:
     return PretrainConfig(
         model=model_of(manifest), data=run.data, train=run.train, optimizer=run.optimizer, parallel=run.parallel
     )
-
-
-def _of_the_model(key: str) -> bool:
-    return not key.startswith(_OPTIMIZER)
 
 
 def _tokenizer(config: ConvertConfig, path: Path) -> Tokenizer:

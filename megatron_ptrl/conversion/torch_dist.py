@@ -66,7 +66,8 @@ def write(
     """Write a checkpoint into `folder`, a file for each of `groups`.
 
     read: gives the values of a part, of its `sizes`, when their turn has come
-    objects: (name, value) of what is kept by name and is no tensor   common: what is the same on every rank
+    objects: (name, value) of what is kept by name and is no tensor; BytesIO for one as another checkpoint has it
+    common: what is the same on every rank
     Cost in memory: the largest tensor, and those of a group that have different keys: a layer's. Raises OSError.
     """
     planner = _SavePlanner(read, dict(objects))
@@ -91,13 +92,6 @@ def _write_item(part: Part) -> WriteItem:
     return WriteItem(MetadataIndex(part.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
-@dataclass(frozen=True, slots=True)
-class _Bytes:
-    """A value as another checkpoint has it."""
-
-    stream: io.BytesIO
-
-
 class _SavePlanner(DefaultSavePlanner):
     def __init__(self, read: Callable[[Part], Tensor], objects: dict[str, Any]) -> None:
         super().__init__()
@@ -106,8 +100,8 @@ class _SavePlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.tensor_data is None:
             value = self._objects[write_item.index.fqn]
-            if isinstance(value, _Bytes):
-                return value.stream
+            if isinstance(value, io.BytesIO):
+                return value
             stream = io.BytesIO()
             torch.save([value], stream)  # a list, as Megatron-Core packs them
             return stream
@@ -179,14 +173,20 @@ class Reader:
         return planner.bytes
 
 
-def copy(reader: Reader, folder: Path, common: dict[str, Any], wanted: Callable[[str], bool]) -> None:
-    """What is `wanted` of a checkpoint, cut as it was, into the empty `folder`, with other notes in common.pt.
+def copy(
+    reader: Reader,
+    folder: Path,
+    common: dict[str, Any],
+    wanted: Callable[[str], bool],
+    *,
+    objects: Sequence[tuple[str, Any]],
+) -> None:
+    """The tensors of a checkpoint that are `wanted`, cut as they were, into the empty `folder`.
 
-    Cost in memory: the largest piece that one rank wrote. Raises InputError and OSError.
+    objects, common: as of `write`   Cost in memory: the largest piece that one rank wrote. Raises InputError, OSError.
     """
-    objects = {name: _Bytes(reader.read_object(name)) for name in sorted(reader.objects) if wanted(name)}
     groups = [reader.pieces(key) for key in reader.tensors if wanted(key)]
-    write(folder, groups, reader.read, objects=list(objects.items()), common=common)
+    write(folder, groups, reader.read, objects=objects, common=common)
 
 
 class _LoadPlanner(DefaultLoadPlanner):
