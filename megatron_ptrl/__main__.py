@@ -62,6 +62,12 @@ _STAGES = {
     "select": _Stage(
         "megatron_ptrl.data.select_stage", "SelectConfig", ".bin/.idx + two scores -> the share of documents to keep"
     ),
+    "convert": _Stage(
+        "megatron_ptrl.conversion.convert_stage",
+        "ConvertConfig",
+        "a Hugging Face model (Llama, Qwen) -> a checkpoint, and back",
+        trains=True,
+    ),
     "evaluate": _Stage(
         "megatron_ptrl.training.evaluate",
         "EvaluateConfig",

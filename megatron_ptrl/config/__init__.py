@@ -5,6 +5,7 @@ Sizes are in tokens or samples, times in seconds, loss terms in nats. A field na
 """
 
 from megatron_ptrl.config.assemble import AssembleConfig, ThinkingFilterConfig
+from megatron_ptrl.config.convert import ConvertConfig
 from megatron_ptrl.config.evaluate import AnswersConfig, EvaluateConfig, HarnessConfig
 from megatron_ptrl.config.judge import GateConfig, JudgeConfig, LexicalConfig, VerifyConfig
 from megatron_ptrl.config.loss import DEFAULT_CHUNK_TOKENS, DEFAULT_TOP_K, LossConfig, RewardShaping
@@ -38,6 +39,7 @@ __all__ = [
     "ChatDataConfig",
     "CheckpointConfig",
     "CleanConfig",
+    "ConvertConfig",
     "DataConfig",
     "DoctorConfig",
     "EvaluateConfig",

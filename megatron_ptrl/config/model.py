@@ -44,6 +44,8 @@ class ModelConfig:
     """One matrix for the embedding and the head (tied), or two."""
     rotary_base: int = 10000
     """Base of the rotary position embedding."""
+    rope_scaling_factor: float | None = None
+    """Factor of Llama 3's scaling of rotary positions beyond 8192 tokens (8 in Llama 3.1, 32 in 3.2); null for none."""
     make_vocab_size_divisible_by: int = 64
     """The vocabulary is padded to a multiple of this and of the tensor-parallel size."""
     activation_func: Literal["silu", "gelu", "relu"] = "silu"
@@ -59,6 +61,8 @@ class ModelConfig:
         for name in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"model.{name} is {value}; expected 0 to 1")
+        factor = self.rope_scaling_factor
+        require(factor is None or factor >= 1, f"model.rope_scaling_factor is {factor}; expected >= 1")
         require(
             self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
             f"model.hidden_size {self.hidden_size} does not divide by model.num_attention_heads "

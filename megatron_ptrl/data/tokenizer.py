@@ -122,6 +122,14 @@ class Tokenizer:
         return numpy.uint16 if self.vocab_size <= 1 << 16 else numpy.int32
 
 
+def token_of(path: str | Path, number: int) -> str | None:
+    """The token with this id in a tokenizer file, None where it has none. Raises InputError for a file that is none."""
+    try:
+        return tokenizers.Tokenizer.from_file(str(path)).id_to_token(number)
+    except Exception as error:  # the Rust library raises Exception itself
+        raise InputError(f"tokenizer {path}: {error}; expected a Hugging Face tokenizer.json") from error
+
+
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, eod_token: str = DEFAULT_EOD) -> None:
     """Train a byte-level BPE, of at most `vocab_size` tokens with the EOD token among them, and save it to `path`.
 

@@ -88,6 +88,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return json.loads((path / MANIFEST).read_text())
 
 
+def write_manifest(folder: Path, progress: Progress, about: dict[str, Any], layout: dict[str, int]) -> None:
+    """List the files of a checkpoint, which are all there, with their sizes; from then on it is whole."""
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    manifest = {**dataclasses.asdict(progress), **about, "layout": layout, "files": files}
+    _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
 def save(
     directory: Path,
     progress: Progress,
@@ -114,9 +121,8 @@ def save(
     fill_adam_state(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["run"] = {**dataclasses.asdict(progress), "scheduler": scheduler.state_dict()}
-    manifest = {**dataclasses.asdict(progress), **about, "layout": _layout()}
     try:
-        _write(path, partial, state, manifest)
+        _write(path, partial, state, progress, about)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise _not_saved(path, partial, error) from error
     if dist.get_rank() == 0:
@@ -125,7 +131,7 @@ def save(
     return path
 
 
-def _write(path: Path, partial: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
+def _write(path: Path, partial: Path, state: dict[str, Any], progress: Progress, about: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         for leftover in [path, *path.parent.glob(_PARTIALS)]:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -134,8 +140,7 @@ def _write(path: Path, partial: Path, state: dict[str, Any], manifest: dict[str,
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
-        files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-        _write_durably(partial / MANIFEST, json.dumps({**manifest, "files": files}, indent=1))
+        write_manifest(partial, progress, about, _layout())
         os.replace(partial, path)
 
 
@@ -164,10 +169,11 @@ def _not_saved(path: Path, partial: Path, error: BaseException) -> BaseException
 def load(path: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple[Progress, bool]:
     """Restore everything from a whole checkpoint; returns the progress and whether the random state came along.
 
-    Under another layout than the one that saved it, weights, optimizer and schedule are restored and the random state
-    (dropout) starts anew. Collective over all ranks.
+    Under another layout than the one that saved it, or from another program, weights, optimizer and schedule are
+    restored and the random state (dropout) starts anew. Collective over all ranks.
     """
-    same_layout = read_manifest(path)["layout"] == _layout()
+    manifest = read_manifest(path)
+    same_layout = manifest["layout"] == _layout() and manifest.get("random_state", True)
     fill_adam_state(optimizer)
     wanted = _sharded_state(chunks, optimizer, is_loading=True)
     if not same_layout:

@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from megatron_ptrl.config import DataConfig, EvaluateConfig, ScoreConfig
 from megatron_ptrl.data.chat import ChatTemplate, PlainTemplate, make_template
-from megatron_ptrl.data.indexed import load_blend, resolve_tokenizer
+from megatron_ptrl.data.indexed import resolve_tokenizer
 from megatron_ptrl.data.sidecar import Durably, hash_file
-from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
+from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.evaluation import results
 from megatron_ptrl.evaluation.lines import Lines, read_lines
@@ -33,7 +33,7 @@ from megatron_ptrl.rollout.megatron_engine import MegatronEngine, check_can_gene
 from megatron_ptrl.rollout.rewards import check_judge, make_rewarder
 from megatron_ptrl.training import answer_prompts, checkpoint, layers, mcore, measure_text
 from megatron_ptrl.training.answer_prompts import REJECTS, SAMPLES
-from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model
+from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model, tokenizer_of
 from megatron_ptrl.training.layout import check_launched, check_layout
 from megatron_ptrl.training.rank_zero import from_rank_0
 from megatron_ptrl.training.resume import find_source
@@ -321,15 +321,9 @@ def _beside(path: Path) -> Path:
 
 def _tokenizer(config: EvaluateConfig, manifest: dict[str, Any]) -> Tokenizer:
     """The one that is named, that beside the data, or that of the checkpoint's run."""
-    settings = manifest["settings"]
     if config.data:
         return resolve_tokenizer(DataConfig(train=list(config.data), tokenizer=config.tokenizer))
-    named = config.tokenizer or settings.get("data.tokenizer")
-    if named is None and settings.get("data.train"):
-        named = load_blend(settings["data.train"])[0][1] + ".tokenizer.json"
-    if named is None or not Path(named).is_file():
-        raise InputError(f"the tokenizer of the checkpoint's run, {named}, is not there; name it by tokenizer")
-    return Tokenizer(named, settings.get("data.eod_token") or DEFAULT_EOD)
+    return tokenizer_of(manifest, config.tokenizer)
 
 
 def _consumed_tokens(manifest: dict[str, Any]) -> int:

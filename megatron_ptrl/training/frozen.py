@@ -11,7 +11,8 @@ import torch
 
 from megatron_ptrl.cli import parse
 from megatron_ptrl.config import ModelConfig, PretrainConfig, RunConfig
-from megatron_ptrl.data.tokenizer import Tokenizer
+from megatron_ptrl.data.indexed import load_blend
+from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint, mcore
 
@@ -35,6 +36,20 @@ def model_of(manifest: dict[str, Any]) -> ModelConfig:
 
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def tokenizer_of(manifest: dict[str, Any], named: str | None) -> Tokenizer:
+    """The tokenizer file that is named, or that of the run of a checkpoint's manifest.
+
+    Raises InputError where it is not there.
+    """
+    settings = manifest["settings"]
+    named = named or settings.get("data.tokenizer")
+    if named is None and settings.get("data.train"):
+        named = load_blend(settings["data.train"])[0][1] + ".tokenizer.json"
+    if named is None or not Path(named).is_file():
+        raise InputError(f"the tokenizer of the checkpoint's run, {named}, is not there; name it by tokenizer")
+    return Tokenizer(named, settings.get("data.eod_token") or DEFAULT_EOD)
 
 
 def check_vocabulary(path: Path, manifest: dict[str, Any], tokenizer: Tokenizer, field: str) -> None:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ptrl.config import RunConfig
+from megatron_ptrl.config import ModelConfig, RunConfig
+from megatron_ptrl.conversion import safetensors
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import mcore
@@ -45,7 +46,8 @@ _NOT_IN_HF: dict[str, Any] = {
     "activation_func_clamp_value": None,
     "glu_linear_offset": 0.0,
 }
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# What Megatron-Core's rope scaling does not let one choose.
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ def architecture(config: RunConfig) -> str:
 def hf_config(config: RunConfig, *, vocab_size: int, eod: int) -> dict[str, Any]:
     """config.json of the model. Raises InputError as `architecture`."""
     model, name = config.model, architecture(config)
+    scaling = rope_scaling(model)
     settings = {
         "architectures": [name],
         "model_type": name.removesuffix("ForCausalLM").lower(),
@@ -101,18 +104,27 @@ def hf_config(config: RunConfig, *, vocab_size: int, eod: int) -> dict[str, Any]
         "max_position_embeddings": config.data.seq_length,
         "rms_norm_eps": model.layernorm_epsilon,
         "rope_theta": float(model.rotary_base),  # as loaders before transformers 5 read it
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
+        "rope_parameters": {"rope_theta": float(model.rotary_base), **(scaling or {"rope_type": "default"})},
         "tie_word_embeddings": model.share_embeddings_and_output_weights,
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": eod,
         "dtype": "bfloat16" if config.train.precision == "bf16" else "float32",
     }
+    if scaling:
+        settings["rope_scaling"] = scaling  # as loaders before transformers 5 read it
     if name != "Qwen2ForCausalLM":
         settings["attention_bias"] = model.add_bias_linear
     if name == "LlamaForCausalLM":
         settings["mlp_bias"] = model.add_bias_linear
     return settings
+
+
+def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    """Llama 3's scaling of the rotary positions as config.json has it, None for none."""
+    if model.rope_scaling_factor is None:
+        return None
+    return {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3_SCALING}
 
 
 def export_hf(config: RunConfig, chunks: Sequence[torch.nn.Module], tokenizer: Tokenizer, folder: Path) -> None:
@@ -135,8 +147,8 @@ def export_hf(config: RunConfig, chunks: Sequence[torch.nn.Module], tokenizer: T
     parts = _gathered(everything, mine, sizes)
     try:
         if dist.get_rank() == parallel_state.get_model_parallel_src_rank():
-            _write_descriptions(settings, tokenizer, folder)
-            _write_weights(folder / "model.safetensors", everything, parts, sizes)
+            write_descriptions(settings, tokenizer, folder)
+            _write_weights(folder, everything, parts, sizes)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}; the weights for the servers could not be written") from error
     finally:
@@ -205,7 +217,8 @@ def _gathered(everything: list[_Held], mine: dict[str, Tensor], sizes: Sizes) ->
         yield to_hf(held.weight, shards, sizes)
 
 
-def _write_descriptions(settings: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
+def write_descriptions(settings: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
+    """Everything but the weights: config.json with `settings`, what to generate by, the tokenizer. Raises OSError."""
     files = {
         "config.json": settings,
         "generation_config.json": {"eos_token_id": tokenizer.eod, "do_sample": True, "temperature": 1.0},
@@ -221,19 +234,10 @@ def _write_descriptions(settings: dict[str, Any], tokenizer: Tokenizer, folder: 
     shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
 
 
-def _write_weights(path: Path, everything: list[_Held], parts: Iterator[list[Tensor]], sizes: Sizes) -> None:
-    """safetensors: the length of a JSON header, the header with each tensor's place, the tensors end to end."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+def _write_weights(folder: Path, everything: list[_Held], parts: Iterator[list[Tensor]], sizes: Sizes) -> None:
+    described = []
     for held in everything:
         shards = [torch.empty(shape, dtype=held.dtype, device="meta") for shape in held.shapes]
         for name, part in zip(part_names(held.weight, held.layer), to_hf(held.weight, shards, sizes), strict=True):
-            begin, end = end, end + part.numel() * part.element_size()
-            header[name] = {"dtype": _DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensors in parts:
-            for tensor in tensors:
-                stream.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            described.append(safetensors.Described(name, tuple(part.shape), part.dtype))
+    safetensors.write(folder, described, (tensor for tensors in parts for tensor in tensors))

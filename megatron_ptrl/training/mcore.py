@@ -29,7 +29,12 @@ from megatron_ptrl.losses.padding import bar_padding_
 from megatron_ptrl.losses.reward_shaped_ce import TokenStats, reward_shaped_cross_entropy_with_stats
 from megatron_ptrl.training import layers
 
-_OWN_MODEL_FIELDS = {"share_embeddings_and_output_weights", "rotary_base", "make_vocab_size_divisible_by"}
+_OWN_MODEL_FIELDS = {
+    "share_embeddings_and_output_weights",
+    "rotary_base",
+    "rope_scaling_factor",
+    "make_vocab_size_divisible_by",
+}
 _SET_ELSEWHERE = {
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -292,6 +297,8 @@ def _build_chunks(config: RunConfig, transformer: SeededTransformerConfig, vocab
             share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_base=config.model.rotary_base,
+            rope_scaling=config.model.rope_scaling_factor is not None,
+            rope_scaling_factor=config.model.rope_scaling_factor or 1.0,
             mtp_block_spec=layers.mtp_spec(transformer, block, use_te=use_te, vp_stage=vp_stage),
             vp_stage=vp_stage,
             loss=config.loss,

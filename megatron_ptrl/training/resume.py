@@ -16,7 +16,13 @@ _DEFINE_THE_MODEL = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
     *("normalization", "layernorm_epsilon", "qk_layernorm", "gated_linear_unit", "add_bias_linear", "add_qkv_bias"),
     *("activation_func", "share_embeddings_and_output_weights", "rotary_base", "make_vocab_size_divisible_by"),
-    *("num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_shared_expert_intermediate_size"),
+    *(
+        "rope_scaling_factor",
+        "num_moe_experts",
+        "moe_ffn_hidden_size",
+        "moe_layer_freq",
+        "moe_shared_expert_intermediate_size",
+    ),
     *("moe_router_topk", "mtp_num_layers"),
 )
 _MUST_STAY = {
@@ -49,11 +55,16 @@ def restore(
     notes = [f"not loaded: {reason}" for reason in found.passed_over]
     if found.path is not None:
         check_same_model(found.path, config, tokenizer)
+        if checkpoint.read_manifest(found.path).get("weights_only"):
+            raise InputError(
+                f"{found.path} has weights alone, so no run can continue from it; start one with --checkpoint.load "
+                f"{config.run_dir} and another run_dir"
+            )
         changed = _check_settings(found.path, config)
         progress, whole = checkpoint.load(found.path, chunks, optimizer, scheduler)
         notes += [f"continuing from {found.path} (step {progress.step})", *changed]
         if not whole:
-            notes.append("the layout differs from the one that saved it: the random state of dropout starts anew")
+            notes.append("another layout or program saved it: the random state of dropout starts anew")
         return progress, notes
     if found.named:
         raise InputError(

@@ -1,0 +1,216 @@
+"""Runs of Megatron-LM go on here and ours go on there: the same losses as without the change."""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import megatron_lm
+import pytest
+import torch
+from test_convert import convert, ptrl
+from tiny import Settings, pretraining, read_metrics, run_tiny, tiny_config
+
+STEPS, SAVED = 6, 3
+KINDS: dict[str, tuple[int, dict[str, Any], str | None]] = {
+    "distributed optimizer, tp 2": (2, {"parallel__tp": 2}, megatron_lm.RESHARDABLE),
+    "plain optimizer, bf16": (1, {"parallel__distributed_optimizer": False, "train__precision": "bf16"}, None),
+}
+
+
+def arguments(config: Any) -> Namespace:
+    """Megatron-LM's, for the model and the training of a tiny run."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    model, train, optimizer = config.model, config.train, config.optimizer
+    return Namespace(
+        attention_backend=AttnBackend.auto,
+        save_path=Path("/somewhere"),
+        params_dtype=torch.bfloat16,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        group_query_attention=True,
+        num_query_groups=model.num_query_groups,
+        kv_channels=16,
+        normalization="RMSNorm",
+        norm_epsilon=model.layernorm_epsilon,
+        qk_layernorm=True,
+        swiglu=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        untie_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_percent=1.0,
+        rotary_base=10000,
+        num_experts=None,
+        seq_length=config.data.seq_length,
+        bf16=train.precision == "bf16",
+        global_batch_size=train.global_batch,
+        micro_batch_size=train.micro_batch,
+        train_iters=train.steps,
+        seed=train.seed,
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_decay_style="cosine",
+        lr_decay_iters=None,
+        lr_warmup_iters=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        tensor_model_parallel_size=config.parallel.tp,
+        pipeline_model_parallel_size=1,
+        world_size=config.parallel.tp,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+
+
+def saves_as_megatron_lm(
+    rank: int, world_size: int, settings: Settings, folder: str, sharding: str | None, changed: dict[str, Any]
+) -> None:
+    """A whole run; after some of its steps Megatron-LM would have saved this, and we save ours."""
+    with pretraining(settings, world_size) as run:
+        run._begin()
+        for step in range(STEPS):
+            if step == SAVED:
+                args = arguments(run.config)
+                vars(args).update(changed)
+                megatron_lm.save(run, Path(folder), args, sharding)
+                run._save()
+            run._step()
+
+
+def goes_on_as_megatron_lm(rank: int, world_size: int, settings: Settings, folder: str) -> tuple[int, int]:
+    """The rest of a run, from what Megatron-LM reads; returns its iteration and samples."""
+    from megatron_ptrl.training.checkpoint import Progress
+
+    with pretraining(settings, world_size) as run:
+        common = megatron_lm.load(run, Path(folder))
+        run.progress = Progress(common["iteration"], common["args"].consumed_train_samples)
+        run._begin()
+        for _ in range(SAVED, STEPS):
+            run._step()
+        return common["iteration"], common["args"].consumed_train_samples
+
+
+def of_the_data(settings: Settings) -> Settings:
+    return {name: value for name, value in settings.items() if name.startswith(("data.", "log.", "train.eval"))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_megatron_lm_goes_on_here(ranks, prefix, tmp_path, kind):
+    world_size, options, sharding = KINDS[kind]
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    settings = tiny_config(prefix, tmp_path / "whole", train__steps=STEPS, **options)
+    ranks.run(world_size, saves_as_megatron_lm, settings, str(theirs), sharding, {})
+    told = convert(ranks, theirs, ours, "--tokenizer", f"{prefix}.tokenizer.json")
+    assert "continuing at step 3 after 24 samples" in told
+    # Its tokenizer is a copy of the data's.
+    continued = {"config": str(ours / "config.yaml"), **of_the_data(settings), "run_dir": str(ours)}
+    rows = run_tiny(ranks, world_size, continued)
+    assert rows == read_metrics(tmp_path / "whole")[SAVED:] and len(rows) == STEPS - SAVED
+    assert "the random state of dropout starts anew" in (ours / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_ours_goes_on_in_megatron_lm(ranks, prefix, tmp_path, kind):
+    world_size, options, _ = KINDS[kind]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    settings = tiny_config(prefix, ours, train__steps=STEPS, checkpoint__save_every=SAVED, **options)
+    settings |= {"data.tokenizer": f"{prefix}.tokenizer.json"}
+    whole = run_tiny(ranks, world_size, settings)
+    shutil.rmtree(ours / "checkpoints" / f"step_{STEPS:08d}")
+    told = convert(ranks, ours, theirs, "--to", "megatron_lm")
+    assert "iteration 3 with its optimizer" in told
+    continued = {**settings, "run_dir": str(tmp_path / "continued")}
+    answers = ranks.run(world_size, goes_on_as_megatron_lm, continued, str(theirs))
+    assert answers == [(SAVED, SAVED * 8)] * world_size
+    assert read_metrics(tmp_path / "continued") == whole[SAVED:]
+
+
+def test_an_optimizer_in_buckets_stays_behind_and_says_how_to_take_it_along(ranks, prefix, tmp_path):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    settings = tiny_config(prefix, tmp_path / "whole", train__steps=STEPS)
+    ranks.run(1, saves_as_megatron_lm, settings, str(theirs), megatron_lm.BUCKETS, {})
+    told = convert(ranks, theirs / "iter_0000003", ours, "--tokenizer", f"{prefix}.tokenizer.json")
+    assert "weights alone" in told and "--dist-ckpt-optim-fully-reshardable" in told
+    manifest = json.loads((ours / "checkpoints" / "step_00000000" / "run.json").read_text())
+    assert manifest["step"] == 0 and manifest["weights_only"]
+    convert(ranks, ours, tmp_path / "theirs as hf")
+    named = ("--tokenizer", f"{prefix}.tokenizer.json")
+    convert(ranks, tmp_path / "whole", tmp_path / "ours as hf", *named)
+    weights = [(tmp_path / f"{whose} as hf" / "model.safetensors").read_bytes() for whose in ("theirs", "ours")]
+    assert weights[0] == weights[1]
+
+
+def test_weights_from_hugging_face_become_a_release_of_megatron_lm(ranks, prefix, tmp_path):
+    pytest.importorskip("transformers")
+    from hf_models import make
+
+    make(tmp_path / "hf", "llama", f"{prefix}.tokenizer.json")
+    convert(ranks, tmp_path / "hf", tmp_path / "run")
+    convert(ranks, tmp_path / "run", tmp_path / "theirs", "--to", "megatron_lm")
+    assert (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    convert(ranks, tmp_path / "theirs", tmp_path / "again", "--tokenizer", f"{prefix}.tokenizer.json")
+    convert(ranks, tmp_path / "again", tmp_path / "back", "--like", str(tmp_path / "hf"))
+    from safetensors.torch import load_file
+
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "mixture": ({"num_experts": 8}, "num_experts is 8; expected None"),
+    "positions": ({"position_embedding_type": "learned_absolute"}, "position_embedding_type is learned_absolute"),
+    "fp16": ({"fp16": True}, "fp16 is True; expected False"),
+    "no layers": ({"num_layers": None}, "its args have num_layers None; expected a whole number"),
+}
+
+
+def written_args(rank: int, world_size: int, folder: str, changed: dict[str, Any], settings: Settings) -> None:
+    from tiny import parsed
+
+    args = arguments(parsed(settings))
+    vars(args).update(changed)
+    torch.save({"args": args}, Path(folder) / "common.pt")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_model_than_ours_is_refused_by_the_arguments_name(ranks, prefix, tmp_path, name):
+    changed, message = REFUSED[name]
+    source = tmp_path / "source"
+    source.mkdir()
+    ranks.run(1, written_args, str(source), changed, tiny_config(prefix, tmp_path))
+    code, told = ranks.run(1, ptrl, "convert", "--input", str(source), "--output", str(tmp_path / "out"))[0]
+    assert code == 2 and message in told and told.count("\n") == 1
+
+
+class Evil:
+    """Unpickled with trust, it would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_common_pt_is_run(ranks, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save({"args": Evil(tmp_path / "touched")}, source / "common.pt")
+    code, told = ranks.run(1, ptrl, "convert", "--input", str(source), "--output", str(tmp_path / "out"))[0]
+    assert code == 2 and told.count("\n") == 1, told
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_tracker_without_its_checkpoint_and_a_checkpoint_without_a_tokenizer(ranks, prefix, tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    code, told = ranks.run(1, ptrl, "convert", "--input", str(tmp_path), "--output", str(tmp_path / "out"))[0]
+    assert code == 2 and "iter_0000007 has no common.pt; expected a checkpoint" in told
