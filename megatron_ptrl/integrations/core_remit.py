@@ -90,7 +90,7 @@ def _shared(logprob: Tensor, cp: int) -> Tensor:
 
 
 def context_parallel_part(rows: Tensor, rank: int, size: int) -> Tensor:
-    """(b, s) -> (b, s/cp): of 2 cp chunks those that Megatron gives to this rank, number `rank` and its mirror image."""
+    """(b, s) -> (b, s/cp): of 2 cp chunks the two that Megatron gives to this rank, `rank` and its mirror image."""
     chunks = rows.chunk(2 * size, dim=1)
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
 

@@ -1,7 +1,7 @@
 """Megatron's two vocabulary-parallel cross entropies by their own signatures, with a shaping that may be added.
 
-    from megatron_ptrl.integrations.cross_entropy import fused_vocab_parallel_cross_entropy
-    loss = fused_vocab_parallel_cross_entropy(logits, target, tp_group, shaping=RewardShaping(beta=-0.25))
+from megatron_ptrl.integrations.cross_entropy import fused_vocab_parallel_cross_entropy
+loss = fused_vocab_parallel_cross_entropy(logits, target, tp_group, shaping=RewardShaping(beta=-0.25))
 """
 
 from torch import Tensor
@@ -24,7 +24,8 @@ def fused_vocab_parallel_cross_entropy(
 ) -> Tensor:
     """`megatron.core.fusions.fused_cross_entropy.fused_vocab_parallel_cross_entropy`, shaped.
 
-    vocab_parallel_logits: [s, b, v/tp] bf16, fp16 or fp32, unchanged     target: [s, b] int64 ids in the whole vocabulary
+    vocab_parallel_logits: [s, b, v/tp] bf16, fp16 or fp32, unchanged
+    target: [s, b] int64 ids in the whole vocabulary
     shaping, vocab_size: as `reward_shaped_cross_entropy` takes them; by default plain cross entropy
     returns: [s, b] fp32
 
