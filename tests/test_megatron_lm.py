@@ -1,4 +1,4 @@
-"""Megatron-LM's own pretrain_gpt.py, run: `MEGATRON_LM=/path/to/checkout[:/another] pytest tests/test_megatron_lm.py`."""
+"""Megatron-LM's own pretrain_gpt.py, run: MEGATRON_LM=/path/to/checkout[:/another] pytest tests/test_megatron_lm.py"""
 
 import os
 import re
@@ -7,10 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from sidecars import write_sidecar
+from sidecars import write_by_token
 
 CHECKOUTS = [path for path in os.environ.get("MEGATRON_LM", "").split(":") if path]
 pytestmark = pytest.mark.skipif(not CHECKOUTS, reason="MEGATRON_LM names no checkout of Megatron-LM to run")
@@ -114,10 +112,8 @@ def test_shaping_is_alike_over_tensor_ranks(checkout, shaped):
 @pytest.fixture(scope="module")
 def scored(prefix, unscored, tmp_path_factory) -> list[str]:
     """Flags: a blend of two data sets and their side-cars, the other way round, of the value -(token + 1) / 1024."""
-    folder, sidecars = tmp_path_factory.mktemp("megatron_lm"), []
-    for number, data in enumerate((prefix, unscored)):
-        tokens = numpy.concatenate(list(IndexedDataset(data)))
-        sidecars.append(write_sidecar(data, str(folder / str(number)), -(tokens.astype(numpy.float32) + 1) / 1024))
+    folder = tmp_path_factory.mktemp("megatron_lm")
+    sidecars = [write_by_token(data, str(folder / name)) for name, data in (("first", prefix), ("second", unscored))]
     blend = ["--data-path", "0.6", prefix, "0.4", unscored, "--split", "90,10,0", "--data-cache-path", str(folder)]
     return [*blend, "--ptrl-remit-sidecar", *sidecars[::-1]]
 

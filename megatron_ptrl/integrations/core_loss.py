@@ -33,6 +33,9 @@ class Weighting(Protocol):
     def __call__(self, logprob: Tensor, loss_mask: Tensor) -> Tensor:
         """logprob, loss_mask: (b, s/cp) of this rank -> weights (b, s/cp) fp32 without gradient."""
 
+    def close(self) -> None:
+        """Data sets that are built from now on are Megatron's own again."""
+
 
 @dataclass(frozen=True)
 class Shaped:
@@ -56,8 +59,10 @@ def use(shaped: Shaped) -> None:
 
 
 def stop() -> None:
-    """Megatron's own loss again."""
+    """Megatron's own loss and data again."""
     global _active
+    if _active is not None and _active.weighting is not None:
+        _active.weighting.close()
     _active = None
 
 

@@ -60,6 +60,10 @@ class SideCarWeighting:
             reference = context_parallel_part(reference, cp_group.rank(), cp)
         return remit_weights(logprob, reference, loss_mask, epsilon=self._epsilon, cp_group=cp_group)
 
+    def close(self) -> None:
+        """Data sets that are built from now on carry nothing more."""
+        _sidecars.clear()
+
 
 def _shared(logprob: Tensor, cp: int) -> Tensor:
     """The reference's log-probabilities (b, s) of the whole rows, on every tensor-parallel rank."""
