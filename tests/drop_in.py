@@ -9,6 +9,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from tiny import Settings, pretraining
+from torch.utils.data import default_collate
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 MICROBATCHES = 2
@@ -30,8 +31,8 @@ def forward_step(data_iterator: Any, model: Any) -> Any:
     batch = {key: torch.empty(shape, dtype=torch.float32 if key == "loss_mask" else torch.int64) for key in KEYS}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         drawn = next(data_iterator)
-        assert set(drawn) == set(KEYS), set(drawn)
-        batch = drawn
+        assert set(drawn) <= {*KEYS, "dataset_id"}, set(drawn)
+        batch = {key: drawn[key] for key in KEYS}
     for key in KEYS:
         source = parallel_state.get_tensor_model_parallel_src_rank()
         dist.broadcast(batch[key], source, group=parallel_state.get_tensor_model_parallel_group())
@@ -42,10 +43,9 @@ def forward_step(data_iterator: Any, model: Any) -> Any:
 
 
 def microbatches(rows: Any, first: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Collated by the data set's own keys; a few masked tokens in each."""
+    """Collated as Megatron's loader does; a few masked tokens in each."""
     for i in range(MICROBATCHES):
-        pair = [rows[first + 2 * i], rows[first + 2 * i + 1]]
-        batch = {key: torch.stack([row[key] for row in pair]) for key in pair[0]}
+        batch = default_collate([rows[first + 2 * i], rows[first + 2 * i + 1]])
         batch["loss_mask"][:, 5 + i : 9] = 0
         yield batch
 

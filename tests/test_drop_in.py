@@ -57,6 +57,18 @@ def test_defaults_change_nothing(ranks, prefix, tmp_path, layout, world_size):
     numpy.testing.assert_allclose(our_norms, their_norms, rtol=1e-4, atol=1e-7)
 
 
+def logits_of(chunk: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """fp64 [b, s, v] of the next token. Prediction heads need labels, and their loss comes before the main one."""
+    from megatron_ptrl.training import mcore
+
+    model, seen = mcore.unwrap(chunk), []
+    model.compute_language_model_loss = lambda labels, logits: seen.append(logits.double()) or labels.float()
+    with torch.no_grad():
+        chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    del model.compute_language_model_loss
+    return seen[-1].transpose(0, 1)
+
+
 def by_hand(rank: int, world_size: int, settings: Settings, make: Any) -> Any:
     """What the step logs, and the same in fp64 from the model's logits, with the weights of `remit_weights` where the
     rows carry a reference's log-probabilities."""
@@ -65,8 +77,7 @@ def by_hand(rank: int, world_size: int, settings: Settings, make: Any) -> Any:
     with job(settings, world_size, make) as run:
         rows, sums, count = rows_of(run, settings), torch.zeros(5, dtype=torch.float64), 0
         for batch in microbatches(rows, 0):
-            with torch.no_grad():
-                logits = run.chunks[0](batch["tokens"], batch["position_ids"], None).double()
+            logits = logits_of(run.chunks[0], batch)
             loss = reward_shaped_cross_entropy(logits, batch["labels"], SHAPING, run.tokenizer.vocab_size)
             logp = logits.log_softmax(-1)
             entropy = -(logp.exp() * logp).sum(-1)
