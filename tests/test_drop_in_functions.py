@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import inspect
 import os
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +89,16 @@ def test_prompts_and_smoothing():
     assert loss[1] == 0 == loss[3] and loss[0] > 0 and not logits.grad[1].any() and logits.grad[2].any()
     with pytest.raises(InputError, match="label_smoothing is 0.1; expected 0"):
         cross_entropy.vocab_parallel_cross_entropy(logits, target, 0.1)
+
+
+def test_documented_block_runs():
+    page = (Path(__file__).parents[1] / "docs" / "drop_in.md").read_text()
+    block = re.search(r"<!-- run by tests/test_drop_in_functions.py -->\n```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block[1], names)
+    logp = names["logits"].log_softmax(-1).gather(-1, names["target"][..., None])[..., 0]
+    expected = -((1 - (-torch.expm1(logp)) ** -0.25) * logp).exp() * logp
+    torch.testing.assert_close(names["loss"], expected)
 
 
 BRIDGE = os.environ.get("MEGATRON_BRIDGE")
