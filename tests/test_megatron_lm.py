@@ -136,5 +136,5 @@ def test_weights_meet_their_tokens(checkout, scored):
 
 def test_refusals_are_one_line(checkout, scored):
     flags = (*MOCK, *scored[scored.index("--ptrl-remit-sidecar") :])
-    with pytest.raises(AssertionError, match=r"\nmegatron_lm: --mock-data with --ptrl-remit-sidecar: its tokens are"):
+    with pytest.raises(AssertionError, match=r"\n *megatron_lm: --mock-data with --ptrl-remit-sidecar: its tokens are"):
         launch(checkout, "enabled", flags)
