@@ -36,3 +36,9 @@ def any_values(data: str, seed: int) -> numpy.ndarray:
     """Log-probabilities of no model, between -8 and 0."""
     tokens = open_indexed(data)[1].tokens
     return -8 * numpy.random.default_rng(seed).random(tokens, dtype=numpy.float32)
+
+
+def write_by_token(data: str, output: str) -> str:
+    """`output`, now the prefix of a side-car with the value -(token + 1) / 1024 for each token of `data`."""
+    tokens = numpy.fromfile(data + ".bin", open_indexed(data)[0].index.dtype)
+    return write_sidecar(data, output, -(tokens.astype(numpy.float32) + 1) / 1024)
