@@ -64,19 +64,19 @@ def drawn(count: int, *, held_out: bool = False) -> list[Story]:
 
 def test_a_story_is_true_and_can_be_read_back() -> None:
     for story in drawn(500):
-        start, events, end, more, twice = story.sentences
+        start, end, more, twice = story.sentences
         count = int(re.search(r"\d+", start)[0])
-        for event, changed in re.findall(r"(found|lost) (\d+)", events):
+        for event, changed in re.findall(r"(found|lost) (\d+)", start):
             count += int(changed) if event == "found" else -int(changed)
             assert count >= 2
         ends = [int(re.search(r"\d+", text)[0]) for text in (end, more, twice)]
         assert ends == [count, count + 1, 2 * count]
-        assert find_story(f"{start} {events}") == story and find_story(start) is None
+        assert find_story(start) == story
 
 
 def test_thinking_is_true_step_by_step_and_ends_in_what_the_sentence_says() -> None:
     for story in drawn(500):
-        for number in (3, 4, 5):
+        for number in (2, 3, 4):
             found = re.findall(r"(\d+ [+-] \d+) = (\d+)", think(story, number))
             assert found and all(eval(left) == int(right) for left, right in found)
             assert found[-1][1] == re.search(r"\d+", story.sentences[number - 1])[0]
@@ -113,13 +113,13 @@ def test_the_cold_starts_answers_are_right_by_the_rewards(further: bool) -> None
         for reward in ("prefix", "strict")
     }
     for story in drawn(60):
-        for task, sentence in [("asr", i) for i in (2, 3, 4, 5)] + [("msr", i) for i in (2, 3, 4)]:
+        for task, sentence in [("asr", i) for i in (2, 3, 4)] + [("msr", i) for i in (2, 3)]:
             asked = prompt(story, task, sentence)
             response = respond(asked, further=further)
             found = gate(asked, response, truncated=False, reference=asked.reference, config=GateConfig())
             assert found.failed is None, (found, response)
             assert asyncio.run(judges["prefix"].score(found.prediction, asked.reference)) == 1
-            alone = not further or task == "msr" or sentence not in (3, 4)
+            alone = not further or task == "msr" or sentence == 4
             assert asyncio.run(judges["strict"].score(found.prediction, asked.target)) == alone
             wrong = re.sub(r"\d+", lambda number: str(int(number[0]) + 1), found.prediction)
             assert asyncio.run(judges["prefix"].score(wrong, asked.reference)) == 0
@@ -129,7 +129,7 @@ def test_the_cold_starts_answers_to_questions_are_right() -> None:
     for story in drawn(60):
         for number in (0, 1):
             content = [{"role": "user", "content": story.question(number)}]
-            target = re.search(r"\d+", story.sentences[2 + 2 * number])[0]
+            target = re.search(r"\d+", story.sentences[1 + 2 * number])[0]
             assert target == str(story.answer(number))
             metadata = {"question": number}
             asked = Prompt(id="q", task="rlvr", messages=content, target=target, reference=target, metadata=metadata)

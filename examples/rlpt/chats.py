@@ -28,13 +28,11 @@ def respond(prompt: Prompt, *, further: bool) -> str:
     """The answer to a prompt; `further`: for one sentence more, where there is one."""
     story = find_story(prompt.messages[0]["content"])
     if prompt.task == "rlvr":
-        assert story is not None
-        double = f" {think(story, 5)}" if prompt.metadata["question"] else ""
+        double = f" {think(story, 4)}" if prompt.metadata["question"] else ""
         return answer(steps(story) + double, prompt.target)
     sentence = prompt.metadata["segment"]
-    if not further or prompt.task != "asr" or not 3 <= sentence <= 4:
+    if not further or prompt.task != "asr" or sentence == 4:
         return answer(think(story, sentence), prompt.target)
-    assert story is not None
     both = think(story, sentence), think(story, sentence + 1)
     return answer(" ".join(both), " ".join(story.sentences[sentence - 1 : sentence + 1]))
 

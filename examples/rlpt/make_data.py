@@ -30,8 +30,8 @@ def pretraining(count: int) -> Iterator[dict[str, Any]]:
     for number in range(count):
         yield {"id": f"{number:06}", "text": draw_story(rng, held_out=False).text}
         story = draw_story(rng, held_out=False)
-        workings = (think(story, sentence) for sentence in (3, 4, 5))
-        yield {"id": f"{number:06}w", "text": " ".join([*story.sentences[:2], *workings])}
+        workings = (think(story, sentence) for sentence in (2, 3, 4))
+        yield {"id": f"{number:06}w", "text": " ".join([story.sentences[0], *workings])}
 
 
 def questions(stories: Iterable[Story]) -> Iterator[dict[str, Any]]:
@@ -56,8 +56,8 @@ def tokenizer_texts() -> Iterator[str]:
     for _ in range(1500):
         story = draw_story(rng, held_out=False)
         messages = [
-            {"role": "user", "content": " ".join(story.sentences[:3]) + "\nWhat comes next?"},
-            {"role": "assistant", "content": answer(think(story, 4), story.sentences[3])},
+            {"role": "user", "content": " ".join(story.sentences[:2]) + "\nWhat comes next?"},
+            {"role": "assistant", "content": answer(think(story, 3), story.sentences[2])},
             {"role": "user", "content": " ".join(story.sentences[:1]) + " <MASK>\nWhat is masked?"},
             {"role": "assistant", "content": answer(think(story, 2), story.sentences[1])},
             {"role": "user", "content": story.question(1)},

@@ -1,9 +1,9 @@
 """Short stories whose ends follow from their beginnings, and the steps by which they do. All follows from a seed.
 
-    Anna had 9 apples. Anna found 3 apples, and then Anna lost 2 apples. So in the end Anna had 10 apples. One more
-    would make 11 apples. Twice as many would be 20 apples.
+    Anna had 9 apples, found 3 apples, and then lost 2 apples. So in the end Anna had 10 apples. One more would make
+    11 apples. Twice as many would be 20 apples.
 
-What happens in the second sentence nobody can foretell. The three sentences behind it can be worked out.
+The first sentence is never asked for. The three behind it can be worked out.
 """
 
 import hashlib
@@ -15,8 +15,7 @@ NAMES = ("Anna", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gail", "Hugo")
 THINGS = ("apples", "books", "coins", "eggs")
 QUESTIONS = ("How many {things} did {name} have in the end?", "How many {things} are twice as many as in the end?")
 
-_START = re.compile(r"(\w+) had (\d+) (\w+)\.")
-_EVENT = re.compile(r"(found|lost) (\d+) ")
+_START = re.compile(r"(\w+) had (\d+) (\w+), (found|lost) (\d+) \w+, and then (found|lost) (\d+) ")
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,11 @@ class Story:
 
     @property
     def sentences(self) -> list[str]:
-        """All five."""
+        """All four."""
         name, things, end = self.name, self.things, self.end
-        events = [f"{name} {'found' if change > 0 else 'lost'} {abs(change)} {things}" for change in self.changes]
+        first, second = (f"{'found' if change > 0 else 'lost'} {abs(change)} {things}" for change in self.changes)
         return [
-            f"{name} had {self.had} {things}.",
-            f"{events[0]}, and then {events[1]}.",
+            f"{name} had {self.had} {things}, {first}, and then {second}.",
             f"So in the end {name} had {end} {things}.",
             f"One more would make {end + 1} {things}.",
             f"Twice as many would be {2 * end} {things}.",
@@ -55,7 +53,7 @@ class Story:
     def question(self, number: int) -> str:
         """The story without its end, and one of two questions about it."""
         asked = QUESTIONS[number].format(things=self.things, name=self.name)
-        return f"{' '.join(self.sentences[:2])}\n{asked}"
+        return f"{self.sentences[0]}\n{asked}"
 
     def answer(self, number: int) -> int:
         """To that question."""
@@ -79,13 +77,13 @@ def draw_story(rng: random.Random, *, held_out: bool) -> Story:
             return story
 
 
-def find_story(text: str) -> Story | None:
-    """The story that a text begins with, read by its first two sentences; None where they do not stand in it."""
-    start, events = _START.search(text), _EVENT.findall(text)
-    if start is None or len(events) < 2:
-        return None
-    first, second = (int(count) if event == "found" else -int(count) for event, count in events[:2])
-    return Story(start[1], start[3], int(start[2]), (first, second))
+def find_story(text: str) -> Story:
+    """The story that a text begins with."""
+    found = _START.search(text)
+    assert found is not None, text
+    name, had, things, *events = found.groups()
+    first, second = (int(count) if event == "found" else -int(count) for event, count in (events[:2], events[2:]))
+    return Story(name, things, int(had), (first, second))
 
 
 def steps(story: Story) -> str:
@@ -97,11 +95,9 @@ def steps(story: Story) -> str:
     return f"{', '.join(sums)}."
 
 
-def think(story: Story | None, sentence: int) -> str:
-    """What leads to a sentence, from 1: its steps, where there are any."""
-    if story is None or sentence == 2:
-        return "Something happens."
-    if sentence == 3:
+def think(story: Story, sentence: int) -> str:
+    """What leads to a sentence, from 2."""
+    if sentence == 2:
         return steps(story)
-    more = 1 if sentence == 4 else story.end
+    more = 1 if sentence == 3 else story.end
     return f"{story.end} + {more} = {story.end + more}."
