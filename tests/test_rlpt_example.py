@@ -107,7 +107,7 @@ def prompt(story: Story, task: str, sentence: int) -> Prompt:
 
 
 @pytest.mark.parametrize("further", [False, True])
-def test_the_cold_starts_answers_are_right_by_the_rewards(further: bool) -> None:
+def test_the_cold_starts_answers_are_right_by_the_rewards_where_the_story_is_read_rightly(further: bool) -> None:
     judges = {
         reward: LexicalJudge(JudgeConfig(reward=reward, lexical=LexicalConfig(threshold=97)))
         for reward in ("prefix", "strict")
@@ -121,8 +121,9 @@ def test_the_cold_starts_answers_are_right_by_the_rewards(further: bool) -> None
             assert asyncio.run(judges["prefix"].score(found.prediction, asked.reference)) == 1
             alone = not further or task == "msr" or sentence == 4
             assert asyncio.run(judges["strict"].score(found.prediction, asked.target)) == alone
-            wrong = re.sub(r"\d+", lambda number: str(int(number[0]) + 1), found.prediction)
-            assert asyncio.run(judges["prefix"].score(wrong, asked.reference)) == 0
+            misread = respond(asked, further=further, misread=1)
+            wrong = gate(asked, misread, truncated=False, reference=asked.reference, config=GateConfig()).prediction
+            assert wrong and asyncio.run(judges["prefix"].score(wrong, asked.reference)) == 0
 
 
 def test_the_cold_starts_answers_to_questions_are_right() -> None:
@@ -133,4 +134,7 @@ def test_the_cold_starts_answers_to_questions_are_right() -> None:
             assert target == str(story.answer(number))
             metadata = {"question": number}
             asked = Prompt(id="q", task="rlvr", messages=content, target=target, reference=target, metadata=metadata)
-            assert find_answer(respond(asked, further=False), VerifyConfig(answer=["tags"])) == target
+            found = [
+                find_answer(respond(asked, further=False, misread=i), VerifyConfig(answer=["tags"])) for i in (0, 1)
+            ]
+            assert found == [target, str(int(target) + 1 + number)]

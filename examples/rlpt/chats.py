@@ -2,13 +2,15 @@
 
 python chats.py OUTPUT.jsonl PROMPTS.jsonl ...
 
-What the answers think follows from the prompts' stories, their predictions are the prompts' targets. Every third answer
-to a prompt of task asr goes on for the sentence behind its target too, as models do.
+What the answers think follows from the prompts' stories. Two in five misread a story by one or two things and are
+wrong to the end, so that the cold start knows the format and how to think, and is careless: there is something to
+reinforce. Every third answer to a prompt of task asr goes on for the sentence behind its target too, as models do.
 """
 
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,18 @@ def answer(thinking: str, prediction: str) -> str:
     return f"Steps: {thinking} {OPEN_TAG} {prediction} {CLOSE_TAG}"
 
 
-def respond(prompt: Prompt, *, further: bool) -> str:
-    """The answer to a prompt; `further`: for one sentence more, where there is one."""
+def respond(prompt: Prompt, *, further: bool, misread: int = 0) -> str:
+    """The answer to a prompt; `further`: for one sentence more, where there is one; `misread`: by so many things."""
     story = find_story(prompt.messages[0]["content"])
+    story = replace(story, had=story.had + misread)
     if prompt.task == "rlvr":
-        double = f" {think(story, 4)}" if prompt.metadata["question"] else ""
-        return answer(steps(story) + double, prompt.target)
-    sentence = prompt.metadata["segment"]
-    if not further or prompt.task != "asr" or sentence == 4:
-        return answer(think(story, sentence), prompt.target)
-    both = think(story, sentence), think(story, sentence + 1)
-    return answer(" ".join(both), " ".join(story.sentences[sentence - 1 : sentence + 1]))
+        question = prompt.metadata["question"]
+        double = f" {think(story, 4)}" if question else ""
+        return answer(steps(story) + double, str(story.answer(question)))
+    first = prompt.metadata["segment"]
+    last = first + (further and prompt.task == "asr" and first < 4)
+    thinking = (think(story, sentence) for sentence in range(first, last + 1))
+    return answer(" ".join(thinking), " ".join(story.sentences[first - 1 : last]))
 
 
 def conversations(paths: list[Path]) -> list[dict[str, Any]]:
@@ -44,8 +47,9 @@ def conversations(paths: list[Path]) -> list[dict[str, Any]]:
     for path in paths:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             prompt = Prompt.from_json(line, f"{path}:{number}")
-            reply = {"role": "assistant", "content": respond(prompt, further=rng.random() < 1 / 3)}
-            found.append({"messages": [*prompt.messages, reply]})
+            misread = rng.randint(1, 2) if rng.random() < 0.4 else 0
+            reply = respond(prompt, further=rng.random() < 1 / 3, misread=misread)
+            found.append({"messages": [*prompt.messages, {"role": "assistant", "content": reply}]})
     rng.shuffle(found)
     return found
 

@@ -25,13 +25,13 @@ SETS = ("cold_start", "rl", "held_out")
 
 
 def pretraining(count: int) -> Iterator[dict[str, Any]]:
-    """`count` stories that are told to their end, and as many that are worked out."""
+    """`count` stories that are told to their end, and as many that are worked out sentence by sentence."""
     rng = random.Random(1)
     for number in range(count):
         yield {"id": f"{number:06}", "text": draw_story(rng, held_out=False).text}
         story = draw_story(rng, held_out=False)
-        workings = (think(story, sentence) for sentence in (2, 3, 4))
-        yield {"id": f"{number:06}w", "text": " ".join([story.sentences[0], *workings])}
+        rest = [f"Steps: {think(story, i)} {story.sentences[i - 1]}" for i in (2, 3, 4)]
+        yield {"id": f"{number:06}w", "text": " ".join([story.sentences[0], *rest])}
 
 
 def questions(stories: Iterable[Story]) -> Iterator[dict[str, Any]]:
