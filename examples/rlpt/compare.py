@@ -6,8 +6,7 @@ A run directory has its metrics.jsonl and, in held_out/, what `ptrl evaluate` wr
 seen: 8 responses a prompt at temperature 1. Runs of one name are the same method under several seeds: shown as their
 mean and, where there are several, +- their standard deviation over seeds (n - 1 in the denominator).
 
-    next sentence       share of the responses that the prefix reward takes; what happens in a story's second sentence,
-                        a fourth of the targets, nobody can foretell
+    next sentence       share of the responses that the prefix reward takes
     just that           share that the strict reward takes: neither more nor less than the next sentence
     masked sentence     share right where the sentence behind it is shown
     questions, pass@8   share of the answers that are right, and of the questions with a right one among 8

@@ -1,6 +1,6 @@
 """Seeds -> documents, questions and a tokenizer for run.py.
 
-python make_data.py FOLDER [--pretrain 6000] [--cold_start 240] [--rl 700] [--held_out 64]
+python make_data.py FOLDER [--pretrain 6000] [--cold_start 480] [--rl 700] [--held_out 32]
 
 pretrain.jsonl              {"id": ..., "text": ...} stories with their ends, as many with workings
 NAME.jsonl, NAME/questions.jsonl   further stories, and prompts of task rlvr about them: cold_start, rl, held_out
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pretrain", type=int, default=6000)
-    for name, count in zip(SETS, (240, 700, 64), strict=True):
+    for name, count in zip(SETS, (480, 700, 32), strict=True):
         parser.add_argument(f"--{name}", type=int, default=count)
     arguments = parser.parse_args()
     folder: Path = arguments.folder

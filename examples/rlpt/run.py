@@ -17,6 +17,7 @@ stage works: its models learn nothing.
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -37,12 +38,8 @@ SMALL: dict[str, Words] = {
     "sft": ["--train.steps", 2, "--optimizer.warmup_steps", 1],
     "rl": ["--train.steps", 5, "--rollout.prompts", 2, "--rollout.samples", 2, "--rollout.max_tokens", 8],
     "evaluate": ["--rollout.samples", 2, "--rollout.max_tokens", 8, "--k", 1],
-    "report": [
-        "--bootstrap",
-        20,
-        "--scaling",
-        "[prompt_tokens_mean]",
-    ],  # its rewards are all 0, which no law can be fitted to
+    # Its rewards are all 0, which no law can be fitted to.
+    "report": ["--bootstrap", 20, "--scaling", "[prompt_tokens_mean]"],
 }
 
 
@@ -151,7 +148,9 @@ def main() -> None:
         parser.error("rlpt-rlvr goes on from rlpt; name both")
     start = time.perf_counter()
     Example(arguments.work_dir, arguments.seeds, arguments.methods, arguments.small).run()
-    print(f"\nall stages: {time.perf_counter() - start:.0f} s", flush=True)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = used.ru_utime + used.ru_stime
+    print(f"\nall stages: {time.perf_counter() - start:.0f} s, {processor:.0f} s of processor time", flush=True)
 
 
 if __name__ == "__main__":
