@@ -36,7 +36,10 @@ SMALL: dict[str, Words] = {
     "make_data": ["--pretrain", 100, "--cold_start", 8, "--rl", 8, "--held_out", 2],
     "pretrain": ["--train.steps", 4, "--optimizer.warmup_steps", 1],
     "sft": ["--train.steps", 2, "--optimizer.warmup_steps", 1],
-    "rl": ["--train.steps", 5, "--rollout.prompts", 2, "--rollout.samples", 2, "--rollout.max_tokens", 8],
+    "rl": [
+        *("--train.steps", 5, "--optimizer.warmup_steps", 1),
+        *("--rollout.prompts", 2, "--rollout.samples", 2, "--rollout.max_tokens", 8),
+    ],
     "evaluate": ["--rollout.samples", 2, "--rollout.max_tokens", 8, "--k", 1],
     # Its rewards are all 0, which no law can be fitted to.
     "report": ["--bootstrap", 20, "--scaling", "[prompt_tokens_mean]"],
