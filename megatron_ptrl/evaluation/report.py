@@ -123,11 +123,11 @@ def run(config: ReportConfig) -> None:
         pages = [
             page for page in (write_token_weights(folders, output), write_sample_rollouts(folders, output)) if page
         ]
-        scaling = _scaling(config, labelled, output)
         (output / "summary.md").write_text(table + "\n", encoding="utf-8")
+        print(table)
+        scaling = _scaling(config, labelled, output)  # last: a metric that no law fits must not cost the rest
     except OSError as error:
         raise InputError(f"output {output}: {error.strerror}; name a folder that can be written") from error
-    print(table)
     for law in scaling:
         print(f"\n{law}")
     others = "".join(f", {page.name}" for page in pages) + (", scaling_*" if scaling else "")
