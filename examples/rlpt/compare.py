@@ -100,7 +100,7 @@ def draw(named: dict[str, list[Path]], measured: Measured, path: Path) -> None:
     colours = dict(zip(named, COLOURS, strict=False))
     rlvr = [name for name in named if name.endswith("RLVR")]
     rlpt = [name for name in named if name not in ("cold start", *rlvr)]
-    figure, panels = pyplot.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
+    figure, panels = pyplot.subplots(1, 4, figsize=(18, 3.8), layout="constrained")
     for panel, names, metric, title in (
         (panels[0], rlpt, "reward", "reward on new prompts"),
         (panels[1], rlpt, "response_tokens_mean", "tokens a response"),
@@ -127,7 +127,7 @@ def draw(named: dict[str, list[Path]], measured: Measured, path: Path) -> None:
     panels[3].set_xticks(range(len(shown)), shown)
     panels[3].set_title("held-out stories: share right")
     panels[3].set_ylim(0, 1.05)
-    panels[3].legend(frameon=False, fontsize=8)
+    panels[3].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
