@@ -5,7 +5,7 @@
 #
 # FOLDER holds segment.yaml, sft.yaml, rl.yaml, score-base.yaml, score-policy.yaml and pretrain.yaml, which name one
 # another's results. A job starts when those before it have succeeded; one that puts itself into the queue again keeps
-# its number, so the others go on waiting. SERVER (see stage.sbatch) is for rl alone. FLAGS_SFT, FLAGS_RL, ... are flags of
+# its number, so the others go on waiting. SERVER (see stage.sbatch) is rl's judge, and for it alone. FLAGS_SFT, FLAGS_RL, ... are flags of
 # sbatch for one stage, such as FLAGS_RL='--nodes 5'. Let segment use its local executor: with that of Slurm it ends when
 # its own jobs are submitted.
 set -euo pipefail
@@ -26,17 +26,23 @@ export PTRL_HOME="${PTRL_HOME:-$(dirname "$(dirname "$here")")}"
 with_server="${SERVER:-}"
 unset SERVER
 
-submit() { # AFTER NAME STAGE: prints the job's number
-  local after="$1" name="$2" stage="$3" own="FLAGS_${3^^}"
+submit() { # AFTER NAME STAGE [argument of the stage ...]: prints the job's number
+  local after="$1" name="$2" stage="$3" own="FLAGS_${3^^}" job
+  shift 3
   # shellcheck disable=SC2086  # several flags in one variable
-  sbatch --parsable --job-name "ptrl-$name" ${after:+--dependency "afterok:$after"} --kill-on-invalid-dep yes \
-    "${flags[@]}" ${!own:-} "$here/stage.sbatch" "$stage" --config "$folder/$name.yaml"
+  job="$(sbatch --parsable --job-name "ptrl-$name" ${after:+--dependency "afterok:$after"} --kill-on-invalid-dep yes \
+    "${flags[@]}" ${!own:-} "$here/stage.sbatch" "$stage" --config "$folder/$name.yaml" "$@")"
+  echo "${job%%;*}" # a federated cluster's name stands behind it
 }
 
 segment="$(submit "" segment segment)"
 sft="$(submit "$segment" sft sft)"
-if [[ -n "$with_server" ]]; then export SERVER="$with_server"; fi
-rl="$(submit "$sft" rl rl)"
+judge=()
+if [[ -n "$with_server" ]]; then
+  export SERVER="$with_server"
+  judge=(--judge.kind openai --judge.servers "{servers}")
+fi
+rl="$(submit "$sft" rl rl "${judge[@]}")"
 unset SERVER
 base="$(submit "" score-base score)"
 policy="$(submit "$rl" score-policy score)"

@@ -7,8 +7,8 @@ server_port=$((10000 + SLURM_JOB_ID % 10000))
 keep_server() {
   local node="$1" command="${SERVER//\{port\}/$2}"
   while kill -0 $$ 2>/dev/null; do
-    srun --overlap --nodes 1 --ntasks 1 --nodelist "$node" --output "logs/server-$SLURM_JOB_ID-%N.log" \
-      --open-mode append bash -c "exec $command" || true
+    srun --overlap "${cpus[@]}" --nodes 1 --ntasks 1 --nodelist "$node" --output "logs/server-$SLURM_JOB_ID-%N.log" \
+      --open-mode append bash -c "$command" || true
     echo "$(date --iso-8601=seconds) the server on $node ended, see logs/server-$SLURM_JOB_ID-$node.log; starting it again" >&2
     sleep 5
   done
@@ -16,12 +16,13 @@ keep_server() {
 
 wait_for_server() {
   local url="$1" end=$((SECONDS + ${SERVER_PATIENCE:-1800}))
-  until curl --silent --fail --max-time 5 --output /dev/null "$url${SERVER_HEALTH:-/health}"; do
+  until curl --noproxy '*' --silent --fail --max-time 5 --output /dev/null "$url${SERVER_HEALTH:-/health}"; do
     if ((SECONDS > end)); then
       echo "stage.sbatch: $url${SERVER_HEALTH:-/health} did not answer 200 within ${SERVER_PATIENCE:-1800} s;" \
         "see logs/server-$SLURM_JOB_ID-*.log" >&2
       exit 1
     fi
+    if ((told)); then return; fi
     sleep 1
   done
 }
@@ -34,6 +35,7 @@ start_servers() {
     keep_server "$node" "$port" &
     keepers+=("$!")
     servers+=("http://$address:$port/v1")
+    export no_proxy="${no_proxy:+$no_proxy,}$address"
     port=$((port + 1))
   done
   local url

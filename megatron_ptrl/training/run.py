@@ -8,6 +8,7 @@ The same command continues a run that was stopped or killed.
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import time
 from abc import abstractmethod
@@ -21,12 +22,11 @@ import yaml
 from megatron_ptrl.config import RunConfig
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import FULL, InputError
-from megatron_ptrl.training import checkpoint, mcore, run_lock
+from megatron_ptrl.training import checkpoint, mcore, run_lock, signals
 from megatron_ptrl.training.layout import Layout
 from megatron_ptrl.training.optimizer import build_optimizer, build_scheduler
 from megatron_ptrl.training.resume import describe, model_fields, restore
 from megatron_ptrl.training.runlog import RunLog
-from megatron_ptrl.training.signals import Signals
 
 Figures = dict[str, float]
 
@@ -77,7 +77,7 @@ class TrainingRun:
         self.chunks = mcore.build_model(config, tokenizer.vocab_size)
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer)
-        self.signals = Signals()
+        self.signals = signals.Signals()
         self.progress, notes = restore(config, tokenizer, self.chunks, self.optimizer, self.scheduler)
         self.log = self._open_log()
         for note in [*notes, *prepared]:
