@@ -8,7 +8,6 @@ The same command continues a run that was stopped or killed.
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 import time
 from abc import abstractmethod
