@@ -12,6 +12,8 @@ import torch
 from test_convert import convert, ptrl
 from tiny import Settings, pretraining, read_metrics, run_tiny, tiny_config
 
+from megatron_ptrl.conversion.torch_dist import Reader
+
 STEPS, SAVED = 6, 3
 KINDS: dict[str, tuple[int, dict[str, Any], str | None]] = {
     "distributed optimizer, tp 2": (2, {"parallel__tp": 2}, megatron_lm.RESHARDABLE),
@@ -149,14 +151,19 @@ def test_an_optimizer_in_buckets_stays_behind_and_says_how_to_take_it_along(rank
     assert weights[0] == weights[1]
 
 
+LAYER = "decoder.layers.self_attention"
+
+
 def test_weights_from_hugging_face_become_a_release_of_megatron_lm(ranks, prefix, tmp_path):
     pytest.importorskip("transformers")
     from hf_models import make
 
-    make(tmp_path / "hf", "llama", f"{prefix}.tokenizer.json")
+    make(tmp_path / "hf", "qwen3", f"{prefix}.tokenizer.json")
     convert(ranks, tmp_path / "hf", tmp_path / "run")
     convert(ranks, tmp_path / "run", tmp_path / "theirs", "--to", "megatron_lm")
     assert (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    names = Reader(tmp_path / "theirs" / "release").objects
+    assert {"decoder.final_layernorm._extra_state/shard_0_1", f"{LAYER}.q_layernorm._extra_state/shard_3_4"} <= names
     convert(ranks, tmp_path / "theirs", tmp_path / "again", "--tokenizer", f"{prefix}.tokenizer.json")
     convert(ranks, tmp_path / "again", tmp_path / "back", "--like", str(tmp_path / "hf"))
     from safetensors.torch import load_file

@@ -138,7 +138,7 @@ def _write_ours(
         common = {"optimizer": theirs["optimizer"], "run": progress_and_schedule}
     # Their values are state of fp8 at most, which builds up again; what loads a checkpoint asks for their names.
     objects = {name for name in reader.objects if name.partition("/")[0].endswith("._extra_state")}
-    objects |= {name for name, _ in empty_objects(run.model.num_layers)}
+    objects |= {name for name, _ in empty_objects(run.model)}
     torch_dist.copy(
         reader,
         path,
@@ -180,8 +180,10 @@ def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
     name = "release" if weights_only else f"iter_{manifest['step']:07d}"
     (output / name).mkdir()
     reader = Reader(path)
-    objects = [(key, reader.read_object(key)) for key in sorted(reader.objects) if not key.startswith("random_state")]
-    torch_dist.copy(reader, output / name, common, lambda key: True, objects=objects)
+    # A model of Transformer Engine, there, asks for more names than one of Megatron-Core's own layers has written here.
+    objects: dict[str, Any] = dict(empty_objects(run.model))
+    objects |= {key: reader.read_object(key) for key in reader.objects if not key.startswith("random_state")}
+    torch_dist.copy(reader, output / name, common, lambda key: True, objects=sorted(objects.items()))
     (output / TRACKER).write_text("release" if weights_only else str(manifest["step"]))
     what = "weights" if weights_only else f"iteration {manifest['step']} with its optimizer"
     return "\n".join([*notes, f"{final}: {path} for Megatron-LM, {what}: --load {final} --ckpt-format torch_dist"])
