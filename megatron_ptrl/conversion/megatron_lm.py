@@ -22,6 +22,7 @@ from megatron_ptrl.config import ConvertConfig, PretrainConfig
 from megatron_ptrl.conversion import torch_dist
 from megatron_ptrl.conversion.hf_input import divisor, parsed, write_settings
 from megatron_ptrl.conversion.megatron_args import CONTENT, args_of, cannot_continue, settings_of
+from megatron_ptrl.conversion.megatron_tensors import check_tensors
 from megatron_ptrl.conversion.torch_dist import COMMON, Reader
 from megatron_ptrl.conversion.weights import empty_objects
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
@@ -89,7 +90,7 @@ def from_megatron_lm(config: ConvertConfig, source: Path, output: Path, final: P
     """Convert the checkpoint in `source` into the empty folder `output`, which will be `final`; returns what to say.
 
     With an optimizer that we can go on with, `ptrl pretrain` continues the run; else its weights start a new one.
-    Raises InputError for a model that ours is not.
+    Raises InputError for a model that ours is not, by its arguments or its tensors.
     """
     path = find_iteration(source)
     common = read_common(path)
@@ -112,6 +113,7 @@ def from_megatron_lm(config: ConvertConfig, source: Path, output: Path, final: P
     settings["data"]["seq_length"] = config.seq_length or settings["data"]["seq_length"]
     reason = cannot_continue(args, common)
     run = parsed(settings)
+    check_tensors(run.model, rows, reader.tensors, path)
     write_settings(output, run, whole=reason is None)
     progress = Progress() if reason else Progress(common["iteration"], args.consumed_train_samples)
     _write_ours(output, reader, common, progress, run, {**describe(run, tokenizer), "weights_only": reason is not None})
