@@ -303,6 +303,43 @@ def test_another_runs_weights_start_a_new_run_main_copies_included(ranks, prefix
         assert all(main_is_copy) and len(main_is_copy) == (len(loaded) if precision == "bf16" else 0)
 
 
+def loads_into_norms_with_extra_state(rank: int, world_size: int, settings: Settings) -> list[str]:
+    """Norms as of Transformer Engine's: they have extra state. Loads the weights; the names that were asked for."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from megatron_ptrl.training import checkpoint
+
+    class Norm(torch.nn.RMSNorm):
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.empty(0)
+
+        def set_extra_state(self, state: Any) -> None:
+            assert state is None or state.numel() == 0
+
+    source = settings.pop("checkpoint.load")
+    with pretraining(settings, world_size) as run:
+        model = run.chunks[0].module
+        for layer in model.decoder.layers:
+            attention = layer.self_attention
+            attention.q_layernorm, attention.k_layernorm = Norm(16), Norm(16)
+        model.decoder.final_layernorm = Norm(64)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(7)
+        checkpoint.load_weights(Path(source), run.chunks)
+        assert all(not bool((parameter == 7).any()) for parameter in model.parameters())
+        wanted = model.sharded_state_dict(prefix="", metadata={})
+        return [each.unique_key for each in wanted.values() if isinstance(each, ShardedObject)]
+
+
+def test_weights_load_into_a_model_whose_norms_have_extra_state(ranks, prefix, tmp_path, tp2_run):
+    source = tp2_run / "checkpoints" / f"step_{STEPS:08d}"
+    settings = tiny_config(prefix, tmp_path, checkpoint__load=str(source))
+    names = ranks.run(1, loads_into_norms_with_extra_state, settings)[0]
+    assert "decoder.final_layernorm._extra_state/shard_0_1" in names
+    assert "decoder.layers.self_attention.q_layernorm._extra_state/shard_3_4" in names
+
+
 def test_a_new_run_trains_on_from_another_runs_weights(ranks, prefix, tmp_path, tp2_run):
     options = {"checkpoint__load": str(tp2_run), "train__steps": 3, "optimizer__warmup_steps": 0}
     new = run_tiny(ranks, 1, tiny_config(prefix, tmp_path, **options))

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hf_models import MODELS, logits_of, make
 from tiny import run_tiny, tiny_config
+
+from megatron_ptrl.conversion.hf_config import model_fields_of
 
 pytest.importorskip("transformers")
 TOKENS = torch.arange(40) * 7 % 512
@@ -304,6 +307,55 @@ def test_a_checkpoint_of_another_model_than_the_one_it_is_to_be_like(ranks, pref
     words = ("--input", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--like", str(tmp_path / "qwen2"))
     code, told = ranks.run(1, ptrl, "convert", *words)[0]
     assert code == 2 and "is of a model with add_qkv_bias True, this checkpoint has False" in told
+
+
+def test_the_token_that_a_run_has_learnt_to_end_with_comes_first(ranks, prefix, tmp_path):
+    import transformers
+
+    source, run, out = tmp_path / "source", tmp_path / "run", tmp_path / "out"
+    make(source, "qwen2", f"{prefix}.tokenizer.json", eos_token_id=[5, 7])
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "temperature": 0.5}))
+    word = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{prefix}.tokenizer.json").convert_ids_to_tokens(5)
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": word}, "legacy": True}))
+    convert(ranks, source, run, "--eod_token", "<|endoftext|>")
+    convert(ranks, run, out)
+    files = ("config.json", "generation_config.json", "tokenizer_config.json")
+    config, generation, tokenizer = (json.loads((out / name).read_text()) for name in files)
+    assert config == {**json.loads((source / "config.json").read_text()), "eos_token_id": [0, 5, 7]}
+    assert generation == {"eos_token_id": [0, 5], "temperature": 0.5}
+    assert tokenizer == {"eos_token": "<|endoftext|>", "legacy": True}
+
+
+def test_a_head_of_qwen3_is_128_wide_unless_its_config_says_otherwise():
+    import transformers
+
+    config = transformers.Qwen3Config(hidden_size=64, num_attention_heads=4, rope_theta=10000.0).to_dict()
+    config |= {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 4, "layer_types": None}
+    assert model_fields_of(config, Path("there"))["kv_channels"] == config.pop("head_dim")
+    assert model_fields_of(config, Path("there"))["kv_channels"] == transformers.Qwen3Config().head_dim
+    assert model_fields_of({**config, "head_dim": None}, Path("there"))["kv_channels"] is None
+
+
+def test_what_of_the_input_cannot_be_read_is_named(ranks, prefix, tmp_path):
+    source, output = tmp_path / "source", tmp_path / "output"
+    make(source, "llama", f"{prefix}.tokenizer.json")
+    code, told = ranks.run(1, unreadable, "vocab.json", str(source), str(output))[0]
+    assert code == 2 and f"{source / 'vocab.json'}: Permission denied; {output} was not written" in told, told
+
+
+def unreadable(rank: int, world_size: int, name: str, source: str, output: str) -> tuple[int, str]:
+    """`ptrl convert` of a folder with a file that may not be read; as root one may read all, so `open` says it."""
+    path = Path(source) / name
+    path.write_text("{}")
+    true_open = open
+
+    def refusing(file: Any, *arguments: Any, **named: Any) -> Any:
+        if str(file) == str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return true_open(file, *arguments, **named)
+
+    with mock.patch("builtins.open", refusing):
+        return ptrl(rank, world_size, "convert", "--input", source, "--output", output)
 
 
 KILL = """

@@ -5,12 +5,16 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import megatron_lm
 import pytest
 import torch
 from test_convert import convert, ptrl
 from tiny import Settings, pretraining, read_metrics, run_tiny, tiny_config
+
+from megatron_ptrl.conversion.torch_dist import Reader
+from megatron_ptrl.errors import InputError
 
 STEPS, SAVED = 6, 3
 KINDS: dict[str, tuple[int, dict[str, Any], str | None]] = {
@@ -149,16 +153,27 @@ def test_an_optimizer_in_buckets_stays_behind_and_says_how_to_take_it_along(rank
     assert weights[0] == weights[1]
 
 
+LAYER = "decoder.layers.self_attention"
+
+
 def test_weights_from_hugging_face_become_a_release_of_megatron_lm(ranks, prefix, tmp_path):
     pytest.importorskip("transformers")
     from hf_models import make
 
-    make(tmp_path / "hf", "llama", f"{prefix}.tokenizer.json")
+    make(tmp_path / "hf", "qwen3", f"{prefix}.tokenizer.json")
     convert(ranks, tmp_path / "hf", tmp_path / "run")
     convert(ranks, tmp_path / "run", tmp_path / "theirs", "--to", "megatron_lm")
     assert (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    names = Reader(tmp_path / "theirs" / "release").objects
+    assert {"decoder.final_layernorm._extra_state/shard_0_1", f"{LAYER}.q_layernorm._extra_state/shard_3_4"} <= names
     convert(ranks, tmp_path / "theirs", tmp_path / "again", "--tokenizer", f"{prefix}.tokenizer.json")
     convert(ranks, tmp_path / "again", tmp_path / "back", "--like", str(tmp_path / "hf"))
+    common = torch.load(tmp_path / "theirs" / "release" / "common.pt", weights_only=False)
+    common["args"].untie_embeddings_and_output_weights = False
+    torch.save(common, tmp_path / "theirs" / "release" / "common.pt")
+    words = ("--input", str(tmp_path / "theirs"), "--tokenizer", f"{prefix}.tokenizer.json")
+    code, refused = ranks.run(1, ptrl, "convert", *words, "--output", str(tmp_path / "tied"))[0]
+    assert code == 2 and "has output_layer.weight, which the model that its args describe does not have" in refused
     from safetensors.torch import load_file
 
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
@@ -168,6 +183,16 @@ def test_weights_from_hugging_face_become_a_release_of_megatron_lm(ranks, prefix
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mixture": ({"num_experts": 8}, "num_experts is 8; expected None"),
     "positions": ({"position_embedding_type": "learned_absolute"}, "position_embedding_type is learned_absolute"),
+    "mup": ({"use_mup": True}, "use_mup is True; expected False"),
+    "sinks": ({"softmax_type": "learnable"}, "softmax_type is learnable; expected vanilla"),
+    "gate": ({"attention_output_gate": True}, "attention_output_gate is True"),
+    "variant": ({"experimental_attention_variant": "dsa"}, "experimental_attention_variant is dsa; expected None"),
+    "clamp": ({"activation_func_clamp_value": 7.0}, "activation_func_clamp_value is 7.0; expected None"),
+    "offset": ({"glu_linear_offset": 1.0}, "glu_linear_offset is 1.0; expected 0.0"),
+    "residual": (
+        {"apply_residual_connection_post_layernorm": True},
+        "apply_residual_connection_post_layernorm is True",
+    ),
     "fp16": ({"fp16": True}, "fp16 is True; expected False"),
     "no layers": ({"num_layers": None}, "its args have num_layers None; expected a whole number"),
 }
@@ -189,6 +214,72 @@ def test_another_model_than_ours_is_refused_by_the_arguments_name(ranks, prefix,
     ranks.run(1, written_args, str(source), changed, tiny_config(prefix, tmp_path))
     code, told = ranks.run(1, ptrl, "convert", "--input", str(source), "--output", str(tmp_path / "out"))[0]
     assert code == 2 and message in told and told.count("\n") == 1
+
+
+def tensors_of_models(rank: int, world_size: int, every: list[Settings]) -> list[list[dict[str, tuple[int, ...]]]]:
+    """For each model, tensors by name and shape: ours, and those that Megatron-Core saves of it."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from tiny import parsed
+
+    from megatron_ptrl.conversion.megatron_tensors import tensors_of
+    from megatron_ptrl.training import layers, mcore
+
+    pairs = []
+    for settings in every:
+        config = parsed(settings)
+        mcore.initialize(config)
+        # Ours without Transformer Engine are of one kind; Megatron-Core's are of the one that is asked for.
+        with mock.patch.object(layers, "RMSNorm", WrappedTorchNorm):
+            (model,) = mcore.build_frozen_model(config, 512)
+        state = model.sharded_state_dict(prefix="", metadata={})
+        apply_factories(state)
+        leaves = [leaf for value in state.values() for leaf in (value if isinstance(value, list) else [value])]
+        saved = {leaf.key: tuple(leaf.global_shape) for leaf in leaves if isinstance(leaf, ShardedTensor)}
+        pairs.append([tensors_of(config.model, 512), saved])
+        mcore.parallel_state.destroy_model_parallel()
+    return pairs
+
+
+def test_a_model_has_the_tensors_that_megatron_core_saves_of_it(ranks, prefix, tmp_path):
+    plain = {"gated_linear_unit": False, "activation_func": "gelu", "qk_layernorm": False}
+    kinds = (
+        {},
+        {"share_embeddings_and_output_weights": False, "kv_channels": 24, "add_qkv_bias": True},
+        {"normalization": "LayerNorm", "add_bias_linear": True, "num_query_groups": 4, **plain},
+        {"normalization": "LayerNorm", "add_bias_linear": True},
+    )
+    every = [tiny_config(prefix, tmp_path, **{f"model__{k}": v for k, v in kind.items()}) for kind in kinds]
+    for ours, saved in ranks.run(1, tensors_of_models, every)[0]:
+        assert ours == saved
+
+
+TENSORS: dict[str, tuple[Any, str]] = {
+    "missing": (lambda t: t.pop("decoder.final_layernorm.weight"), "has no decoder.final_layernorm.weight, which the"),
+    "shape": (
+        lambda t: t.update({"decoder.final_layernorm.weight": ((63,), None)}),
+        r"decoder.final_layernorm.weight has shape \(63,\); expected \(64,\)",
+    ),
+    "unknown": (
+        lambda t: t.update({"decoder.layers.self_attention.core_attention.softmax_offset": ((4, 4), None)}),
+        "has decoder.layers.self_attention.core_attention.softmax_offset, which the model that its args describe does",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_checkpoint_with_other_tensors_than_its_args_say_is_refused(name):
+    from megatron_ptrl.config import ModelConfig
+    from megatron_ptrl.conversion.megatron_tensors import check_tensors, tensors_of
+
+    change, message = TENSORS[name]
+    model = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4)
+    stored: dict[str, Any] = {key: (shape, None) for key, shape in tensors_of(model, 512).items()}
+    stored["optimizer.state.exp_avg.embedding.word_embeddings.weight"] = ((512, 64), None)
+    check_tensors(model, 512, stored, Path("there"))
+    change(stored)
+    with pytest.raises(InputError, match=message):
+        check_tensors(model, 512, stored, Path("there"))
 
 
 class Evil:

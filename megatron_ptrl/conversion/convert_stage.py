@@ -35,7 +35,9 @@ def run(config: ConvertConfig) -> None:
             told = to_hf_folder(config, partial, final)
         os.replace(partial, final)
     except OSError as error:
-        raise InputError(f"{final} could not be written: {error}") from error
+        # Of a copy that failed, the second is what was written.
+        where = error.filename2 or error.filename or final
+        raise InputError(f"{where}: {error.strerror or error}; {final} was not written") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(told)

@@ -19,6 +19,9 @@ _NEUTRAL: dict[str, Any] = {
     "quantization_config": None,
 }
 
+# Where config.json has none, in transformers; null is hidden_size / num_attention_heads there too.
+_QWEN3_HEAD_DIM = 128
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model's folder. Raises InputError for one that is missing or unreadable."""
@@ -52,7 +55,7 @@ def model_fields_of(config: dict[str, Any], where: Path) -> dict[str, Any]:
         raise InputError(f"{where}: layer_types has {sliding[0]}; expected full_attention in every layer")
     base, factor = _rotary(config, where)
     hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
-    width = config.get("head_dim") or hidden // heads
+    width = config.get("head_dim", _QWEN3_HEAD_DIM if name == "Qwen3ForCausalLM" else None) or hidden // heads
     if name == "Qwen2ForCausalLM" and width * heads != hidden:
         raise InputError(f"{where}: head_dim is {width}; expected hidden_size / num_attention_heads, as in Qwen2")
     return {

@@ -164,7 +164,7 @@ def _write_weights(run: PretrainConfig, stored: dict[str, Stored], rows: int, pa
         piece = parts[part]
         return to_megatron(piece, [stored[name].read() for name in piece.hf], sizes)
 
-    torch_dist.write(path, list(groups.values()), read, objects=empty_objects(run.model.num_layers), common={})
+    torch_dist.write(path, list(groups.values()), read, objects=empty_objects(run.model), common={})
     return sum(torch.Size(part.sizes).numel() for part in parts)
 
 

@@ -3,8 +3,9 @@
 `training.hf_export` writes the same from a model that is being trained.
 """
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,38 @@ def _copy_descriptions(like: Path, tokenizer: Tokenizer, output: Path) -> None:
         if (like / name).is_file():
             shutil.copyfile(like / name, output / name)
     shutil.copyfile(tokenizer.path, output / "tokenizer.json")
+    for name in ("config.json", "generation_config.json"):
+        _change(output / name, "eos_token_id", lambda theirs: _ends(tokenizer.eod, theirs))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        _change(output / name, "eos_token", lambda theirs: _end(tokenizer.eod_token, theirs))
+
+
+def _ends(ours: int, theirs: Any) -> Any:
+    """Servers stop at each of these, and pad with the first: the token that this run has learnt to end with."""
+    ids = [] if theirs is None else theirs if isinstance(theirs, list) else [theirs]
+    if ids[:1] == [ours]:
+        return theirs
+    return [ours, *(each for each in ids if each != ours)] if ids else ours
+
+
+def _end(ours: str, theirs: Any) -> Any:
+    # With the token's text there may be how it is found in a text.
+    return theirs if (theirs.get("content") if isinstance(theirs, dict) else theirs) == ours else ours
+
+
+def _change(path: Path, key: str, value_for: Callable[[Any], Any]) -> None:
+    """Give `key` of a JSON file, if there is one, its new value; a file that has that value stays as it came."""
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path.name} of the model that this is to be like is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name} of the model that this is to be like is no JSON object")
+    value = value_for(content.get(key))
+    if value != content.get(key):
+        path.write_text(json.dumps({**content, key: value}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _pieces(run: PretrainConfig, reader: Reader, rows: int, path: Path) -> list[tuple[Piece, Part]]:

@@ -22,6 +22,7 @@ from megatron_ptrl.config import ConvertConfig, PretrainConfig
 from megatron_ptrl.conversion import torch_dist
 from megatron_ptrl.conversion.hf_input import divisor, parsed, write_settings
 from megatron_ptrl.conversion.megatron_args import CONTENT, args_of, cannot_continue, settings_of
+from megatron_ptrl.conversion.megatron_tensors import check_tensors
 from megatron_ptrl.conversion.torch_dist import COMMON, Reader
 from megatron_ptrl.conversion.weights import empty_objects
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
@@ -89,7 +90,7 @@ def from_megatron_lm(config: ConvertConfig, source: Path, output: Path, final: P
     """Convert the checkpoint in `source` into the empty folder `output`, which will be `final`; returns what to say.
 
     With an optimizer that we can go on with, `ptrl pretrain` continues the run; else its weights start a new one.
-    Raises InputError for a model that ours is not.
+    Raises InputError for a model that ours is not, by its arguments or its tensors.
     """
     path = find_iteration(source)
     common = read_common(path)
@@ -112,6 +113,7 @@ def from_megatron_lm(config: ConvertConfig, source: Path, output: Path, final: P
     settings["data"]["seq_length"] = config.seq_length or settings["data"]["seq_length"]
     reason = cannot_continue(args, common)
     run = parsed(settings)
+    check_tensors(run.model, rows, reader.tensors, path)
     write_settings(output, run, whole=reason is None)
     progress = Progress() if reason else Progress(common["iteration"], args.consumed_train_samples)
     _write_ours(output, reader, common, progress, run, {**describe(run, tokenizer), "weights_only": reason is not None})
@@ -138,7 +140,7 @@ def _write_ours(
         common = {"optimizer": theirs["optimizer"], "run": progress_and_schedule}
     # Their values are state of fp8 at most, which builds up again; what loads a checkpoint asks for their names.
     objects = {name for name in reader.objects if name.partition("/")[0].endswith("._extra_state")}
-    objects |= {name for name, _ in empty_objects(run.model.num_layers)}
+    objects |= {name for name, _ in empty_objects(run.model)}
     torch_dist.copy(
         reader,
         path,
@@ -180,8 +182,10 @@ def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
     name = "release" if weights_only else f"iter_{manifest['step']:07d}"
     (output / name).mkdir()
     reader = Reader(path)
-    objects = [(key, reader.read_object(key)) for key in sorted(reader.objects) if not key.startswith("random_state")]
-    torch_dist.copy(reader, output / name, common, lambda key: True, objects=objects)
+    # A model of Transformer Engine, there, asks for more names than one of Megatron-Core's own layers has written here.
+    objects: dict[str, Any] = dict(empty_objects(run.model))
+    objects |= {key: reader.read_object(key) for key in reader.objects if not key.startswith("random_state")}
+    torch_dist.copy(reader, output / name, common, lambda key: True, objects=sorted(objects.items()))
     (output / TRACKER).write_text("release" if weights_only else str(manifest["step"]))
     what = "weights" if weights_only else f"iteration {manifest['step']} with its optimizer"
     return "\n".join([*notes, f"{final}: {path} for Megatron-LM, {what}: --load {final} --ckpt-format torch_dist"])

@@ -16,17 +16,16 @@ from megatron_ptrl.training import mcore
 from megatron_ptrl.training.hf_names import IN_LAYER, OUTSIDE, Sizes, Weight, from_hf, part_names, to_hf
 
 _LAYERS = "decoder.layers."
-# Kept by name in every layer although empty: the linear layers ask for theirs when a checkpoint is loaded.
-_EMPTY = tuple(
-    f"{_LAYERS}{module}._extra_state"
-    for module in (
-        "self_attention.core_attention",
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-    )
+# Kept by name although empty: the linear layers, and norms of Transformer Engine, ask for theirs when a checkpoint is
+# loaded. The norms that it fuses into a linear layer have none.
+_EMPTY_IN_LAYER = (
+    "self_attention.core_attention",
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
 )
+_EMPTY_OF_QK_NORM = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +90,14 @@ def to_hugging_face(piece: Piece, stored: Tensor, sizes: Sizes) -> list[Tensor]:
     return to_hf(piece.weight, [stored if piece.layer is None else stored[0]], sizes)
 
 
-def empty_objects(layers: int) -> list[tuple[str, None]]:
-    """What a checkpoint holds by name beside its weights."""
-    return [(f"{name}/shard_{layer}_{layers}", None) for name in _EMPTY for layer in range(layers)]
+def empty_objects(model: ModelConfig) -> list[tuple[str, None]]:
+    """What a checkpoint holds by name beside its weights, for models of Megatron-Core's own layers and of Transformer
+    Engine's.
+    """
+    layers = model.num_layers
+    modules = (*_EMPTY_IN_LAYER, *(_EMPTY_OF_QK_NORM if model.qk_layernorm else ()))
+    names = [f"{_LAYERS}{module}._extra_state/shard_{layer}_{layers}" for module in modules for layer in range(layers)]
+    return [(name, None) for name in ["decoder.final_layernorm._extra_state/shard_0_1", *names]]
 
 
 def _shapes(model: ModelConfig, sizes: Sizes) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_ptrl.config import CheckpointConfig
 from megatron_ptrl.errors import InputError
@@ -178,7 +178,7 @@ def load(path: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple
     wanted = _sharded_state(chunks, optimizer, is_loading=True)
     if not same_layout:
         del wanted["random"]
-    state = dist_checkpointing.load(wanted, str(path))
+    state = _read(path, wanted)
     _load_weights(chunks, state)
     load_optimizer(optimizer, state["optimizer"])
     run = state["run"]
@@ -190,9 +190,31 @@ def load(path: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple
 
 def load_weights(path: Path, chunks: list[Any], optimizer: Any = None) -> None:
     """Restore the weights alone, to start a new run from them. Collective over all ranks."""
-    _load_weights(chunks, dist_checkpointing.load(_sharded_weights(chunks), str(path)))
+    _load_weights(chunks, _read(path, _sharded_weights(chunks)))
     if optimizer is not None:
         optimizer.reload_model_params()
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The values of a sharded state; None for extra state of the model that the checkpoint does not have.
+
+    Which modules have such state, empty but with fp8, depends on whether Transformer Engine made them: where another
+    implementation saved the checkpoint, its names are other ones.
+    """
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    absent = [
+        (part, name)
+        for part, state in wanted.items()
+        if part.startswith("model")
+        for name, value in state.items()
+        if isinstance(value, ShardedObject) and "._extra_state" in value.key and value.unique_key not in stored
+    ]
+    for part, name in absent:
+        del wanted[part][name]
+    values = dist_checkpointing.load(wanted, str(path))
+    for part, name in absent:
+        values[part][name] = None
+    return values
 
 
 def _sharded_weights(chunks: list[Any]) -> dict[str, Any]:
