@@ -6,6 +6,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from megatron_ptrl.errors import FULL, InputError
 
@@ -138,10 +139,25 @@ def _silence_megatron() -> None:
 
 
 def _prepare_for_training() -> None:
+    import torch
+
     from megatron_ptrl.training import host
 
-    if host.install_if_no_cuda():
-        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+    if torch.cuda.is_available():
+        return
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+    # Megatron-Core marks functions for the compiler while it is imported, which imports that, for seconds. On CPUs it
+    # is not worth them.
+    compiler, torch.compile = torch.compile, _not_compiled  # type: ignore[assignment]
+    try:
+        host.install_if_no_cuda()
+        importlib.import_module("megatron_ptrl.training.layers")
+    finally:
+        torch.compile = compiler  # type: ignore[assignment]
+
+
+def _not_compiled(function: Any = None, **_: Any) -> Any:
+    return function if function is not None else lambda function: function
 
 
 def _usage() -> str:

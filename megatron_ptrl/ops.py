@@ -7,9 +7,10 @@ are listed in csrc/reward_shaped_ce.h.
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +22,16 @@ WIDTH = 6  # the column of `numbers` that holds how many columns the shard has
 COEFFICIENTS = 6
 STATS = 4
 
+_Function = TypeVar("_Function", bound=Callable[..., bool])
 
-@torch.compiler.assume_constant_result
+
+def _constant_when_compiled(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result, which would import the compiler, for seconds, before it does this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiled
 def load_kernels() -> bool:
     """Whether the compiled operators are there; `MEGATRON_PTRL_KERNELS=0` in the environment turns them off."""
     return _load_kernels()
@@ -53,7 +62,7 @@ def _served_by_kernels(x: Tensor) -> bool:
     return x.device.type == "cpu" or _has_kernels(x.device.type)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _has_kernels(device: str) -> bool:
     """Whether the library was built for this kind of device; told once where it was not."""
     return _look_for_kernels(device)

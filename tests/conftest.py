@@ -52,7 +52,10 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def cubins(tmp_path_factory: pytest.TempPathFactory) -> Cubins:
     """What nvcc makes of the CUDA sources, each compiled once for an architecture."""
-    return Cubins(tmp_path_factory.mktemp("cubins"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cubins"
+    folder.mkdir(exist_ok=True)
+    return Cubins(folder)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
@@ -15,7 +16,7 @@ NVCC = shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("nvcc")
 
 
 class Cubins:
-    """Each is compiled once, for all tests of the session."""
+    """Each is compiled once into the folder, which the workers of a session share."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -27,13 +28,17 @@ class Cubins:
         flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas=-v"]
         include = [f"-I{path}" for path in include_paths()]
         cubin = self._folder / f"{source}.{architecture}.cubin"
-        done = subprocess.run(
-            [str(NVCC), "-cubin", f"-arch=sm_{architecture}", *flags, *include, str(ROOT / "csrc" / f"{source}.cu"),
-             "-o", str(cubin)],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return cubin, done.stderr
+        told = cubin.with_suffix(".txt")
+        with FileLock(cubin.with_suffix(".lock")):
+            if not told.exists():
+                done = subprocess.run(
+                    [str(NVCC), "-cubin", f"-arch=sm_{architecture}", *flags, *include,
+                     str(ROOT / "csrc" / f"{source}.cu"), "-o", str(cubin)],
+                    capture_output=True, text=True,
+                )  # fmt: skip
+                assert done.returncode == 0, done.stderr
+                told.write_text(done.stderr)
+        return cubin, told.read_text()
 
     def _disassemble(self, source: str, architecture: int) -> dict[str, list[list[str]]]:
         """Opcodes of each kernel, by mangled name, in the stretches that no jump enters or leaves."""

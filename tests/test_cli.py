@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import yaml
@@ -37,8 +36,15 @@ def call(rank: int, world_size: int, command_lines: list[list[str]]) -> list[Ans
 
 def call_without(rank: int, world_size: int, package: str, command_lines: list[list[str]]) -> list[Answer]:
     """`call` where `package` and what imports it are not there."""
-    with mock.patch.dict(sys.modules, {package: None}):
+    # Not patch.dict, which would drop the modules that are imported meanwhile too, and their classes be made twice.
+    had = sys.modules.get(package)
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
         return call(rank, world_size, command_lines)
+    finally:
+        del sys.modules[package]
+        if had is not None:
+            sys.modules[package] = had
 
 
 def refused(answer: Answer, *parts: str) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from slurm_cluster import SlurmCluster, missing_programs
 from think_runs import write_corpus
-from tiny import Metrics, Settings, flags, read_metrics, tiny_config
+from tiny import Settings, flags, read_metrics, run_tiny, tiny_config
 
 ROOT = Path(__file__).parents[1]
 SBATCH = str(ROOT / "launch/slurm/stage.sbatch")
@@ -68,18 +68,10 @@ def state(slurm: SlurmCluster, job: str) -> str:
     return next(word.removeprefix("JobState=") for word in said.split() if word.startswith("JobState="))
 
 
-def on_one_node(settings: Settings, **variables: str) -> list[Metrics]:
-    """launch/pretrain.sh, as on a machine without Slurm."""
-    command = [str(ROOT / "launch/pretrain.sh"), *flags(settings)]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return read_metrics(settings["run_dir"])
-
-
-def test_a_rank_is_killed_then_time_is_over_and_the_job_goes_on_by_itself(slurm, prefix):
+def test_a_rank_is_killed_then_time_is_over_and_the_job_goes_on_by_itself(ranks, slurm, prefix):
     options = {"train__steps": STEPS, "checkpoint__save_every": 5, "model__hidden_dropout": 0.1}
     settings = tiny_config(prefix, Path("run").absolute(), **options)
-    whole = on_one_node(settings | {"run_dir": str(Path("whole").absolute())}, NPROC_PER_NODE="2")
+    whole = run_tiny(ranks, 2, settings | {"run_dir": str(Path("whole").absolute())})
     job = slurm.ask("sbatch", "--parsable", "--nodes", "2", SBATCH, "pretrain", *flags(settings))
 
     wait_for("checkpoint", lambda: steps_done(settings) >= 7)

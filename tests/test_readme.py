@@ -18,6 +18,7 @@ ELSEWHERE = (
     "run by tests/test_quickstart.py, shortened: RLPT",
     "run by tests/test_flywheel.py, at its smallest",
     "run by tests/test_tpt_example.py, at its smallest",
+    "run by tests/test_rlpt_example.py, at its smallest",
 )
 
 

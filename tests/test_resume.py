@@ -77,6 +77,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         assert time.monotonic() < end, "that moment did not come in time"
         if len(pids) < 2:
             pids = rank_pids(process)
+            time.sleep(0.1)  # they import for seconds
         tell(pids, signal.SIGCONT)
         time.sleep(0.004)
         tell(pids, signal.SIGSTOP)

@@ -63,6 +63,6 @@ def test_what_is_refused(tmp_path):
         run(ReportConfig(runs=[str(one)], scaling=["rewardd"]))
     with pytest.raises(InputError, match="ce of a: 4 points with different numbers"):
         run(ReportConfig(runs=[str(one)], scaling=["ce"]))
-    assert "| step " in (one / "plots" / "summary.md").read_text(), "the table is lost with the law"
+    assert "| steps " in (one / "plots" / "summary.md").read_text(), "the table is lost with the law"
     with pytest.raises(InputError, match="bootstrap is 3"):
         ReportConfig(bootstrap=3)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from multiprocess import forkserver
 from stub_llm_server import StubServer
 from think_runs import contents, rejects, think_config, thoughts, write_corpus
 
@@ -49,9 +50,15 @@ def undisturbed(corpus, tmp_path_factory) -> dict[str, bytes]:
     return contents(folder / "out")
 
 
+def run_alone(config: ThinkConfig) -> None:
+    """`run` in a forked process, for which the server that the tests' own process forks from is no child."""
+    forkserver._forkserver.__init__()
+    run(config)
+
+
 def kill_when(config: ThinkConfig, log: Path, answered: int) -> None:
     """Run in a process of its own until that many documents are answered in all, then SIGKILL."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=(config,))
+    process = multiprocessing.get_context("fork").Process(target=run_alone, args=(config,))
     process.start()
     while len(log.read_text().split()) < answered:
         assert process.is_alive()
