@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny import Metrics, Settings, flags, read_metrics, tiny_config
+from ranks import Ranks
+from tiny import Metrics, Settings, flags, read_metrics, run_tiny, tiny_config
 
 DEADLINE = 120.0  # seconds for anything here; the whole run takes ten on an idle core
 STEPS = 24
@@ -109,8 +110,8 @@ def run_settings(prefix: str, run_dir: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> list[Metrics]:
-    metrics = finish(run_settings(prefix, tmp_path_factory.mktemp("whole") / "run"))
+def uninterrupted(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> list[Metrics]:
+    metrics = run_tiny(ranks, 2, run_settings(prefix, tmp_path_factory.mktemp("whole") / "run"))
     assert len(metrics) == STEPS + 2
     return metrics
 

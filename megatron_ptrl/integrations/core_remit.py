@@ -61,7 +61,7 @@ class SideCarWeighting:
         return remit_weights(logprob, reference, loss_mask, epsilon=self._epsilon, cp_group=cp_group)
 
     def close(self) -> None:
-        """Data sets that are built from now on carry nothing more."""
+        """Data sets that are built from now on carry nothing more, and batches are left alone."""
         _sidecars.clear()
 
 
@@ -111,9 +111,9 @@ class _Tap:
 
     def __next__(self) -> Any:
         batch = next(self._batches)
-        if not isinstance(batch, dict):
+        if not isinstance(batch, dict) or KEY not in batch:
             return batch
-        self.drawn = batch.get(KEY)
+        self.drawn = batch[KEY]
         # A copy: Megatron keeps the batch to repeat a step that it does not trust.
         return {key: value for key, value in batch.items() if key != KEY}
 
@@ -153,6 +153,8 @@ def _install() -> None:
 
     @wraps(step)
     def forward_step(forward_step_func: Any, data_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _sidecars:
+            return step(forward_step_func, data_iterator, *args, **kwargs)
         with _tapped(data_iterator) as tap:
             return step(forward_step_func, tap, *args, **kwargs)
 
