@@ -30,7 +30,7 @@ quickstart: .venv/.ready ## Set up, then go from real text to a small trained GP
 	@$(BIN)/python examples/quickstart/run.py --work_dir $(WORK_DIR) $(ARGS)
 
 test: .venv/.ready-dev ## Run the tests
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.ready-dev ## Check style, format and types
 	@$(BIN)/ruff check .
