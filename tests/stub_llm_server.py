@@ -171,13 +171,15 @@ class Stub:
         prompt = body["messages"][-1]["content"]
         word = (judged(prompt) or [prompt])[-1].split()[0]
         self.requests += 1
+        # Its own number: by the end of its wait others may have come.
+        its_turn = self.requests % self.every == 0
         self.under_way += 1
         self.most_at_once = max(self.most_at_once, self.under_way)
         # Not all the same, so that replies overtake each other.
         await asyncio.sleep(self.latency * (1 + zlib.crc32(word.encode()) % 5))
         self.under_way -= 1
         # "poison" documents fail every time, the others when it is their turn.
-        fault = self.fault if self.fault and (word.startswith("poison") or self.requests % self.every == 0) else ""
+        fault = self.fault if self.fault and (word.startswith("poison") or its_turn) else ""
         if fault == "drop":
             return False
         if fault == "hang":
