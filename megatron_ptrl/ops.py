@@ -51,8 +51,21 @@ def _load_kernels() -> bool:
             stacklevel=2,
         )
         return False
+    _warn_if_older_than_its_sources()
     _register_fakes()
     return True
+
+
+def _warn_if_older_than_its_sources() -> None:
+    """By make's rule, in a source tree; elsewhere there are no sources to be older than."""
+    built = LIBRARY.stat().st_mtime
+    newer = sorted(path.name for path in (LIBRARY.parents[1] / "csrc").glob("*") if path.stat().st_mtime > built)
+    if newer:
+        warnings.warn(
+            f"{LIBRARY} is older than csrc/{newer[0]}, so what it computes may not be what is written there; "
+            "build it again: make quickstart does, or python setup.py build_ext --inplace",
+            stacklevel=3,
+        )
 
 
 def _served_by_kernels(x: Tensor) -> bool:

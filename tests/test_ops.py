@@ -1,6 +1,7 @@
 """The operators: registration, and the torch fallback against the kernels."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -160,6 +161,19 @@ def test_the_fallback_is_announced_once_unless_asked_for():
     assert asked.stdout == missing.stdout
     values = [[float(x.strip("[],")) for x in run.stdout.split()] for run in (kernels, asked)]
     torch.testing.assert_close(*map(torch.tensor, values))
+
+
+def test_kernels_older_than_their_sources_are_announced(tmp_path):
+    library, source = tmp_path / "megatron_ptrl" / "_C.so", tmp_path / "csrc" / "draw_cpu.cpp"
+    for path in (library, source):
+        path.parent.mkdir()
+    shutil.copy(ops.LIBRARY, library)
+    source.touch()
+    code = LOSS.format(before=f"from pathlib import Path; ops.LIBRARY = Path({str(library)!r})")
+    os.utime(library, (0, 0))
+    assert python(code).stderr.count("_C.so is older than csrc/draw_cpu.cpp") == 1
+    os.utime(source, (0, 0))
+    assert python(code).stderr == ""
 
 
 def test_the_package_imports_without_torch():
