@@ -16,15 +16,18 @@ def open_log(run_dir: Path, *, first_step: int = 0, settings: str | None = "a: 1
     return RunLog(run_dir, config, first_step=first_step, last_step=9, settings=settings)
 
 
-def test_a_resumed_log_drops_later_steps_and_a_line_cut_short(tmp_path):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "token_weights.jsonl", "rejects.jsonl"])
+def test_a_resumed_log_drops_later_steps_and_a_line_cut_short(tmp_path, name):
     log = open_log(tmp_path)
     for step in (1, 2, 3):
         log.record({"step": step, "ce": 1.0 / step})
+        log.record_tokens([{"step": step, "tokens": []}])
+        log.record_rejects([{"step": step, "reason": "too_long"}])
     log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as metrics:
-        metrics.write('{"ce": 0.5}\n[]\n{"step": null}\n{"step": 2, "ce": 0.')
+    with (tmp_path / name).open("a") as stream:
+        stream.write('{"ce": 0.5}\n[]\n{"step": null}\n{"step": 2, "ce": 0.')
     open_log(tmp_path, first_step=2).close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / name).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 

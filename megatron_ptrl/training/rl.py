@@ -8,7 +8,6 @@ of REINFORCE; what to look at is the reward. Run it alone or under torchrun; the
 stopped or killed.
 """
 
-import json
 import os
 import time
 from pathlib import Path
@@ -126,8 +125,6 @@ class Reinforcement(TrainingRun):
             self.rewarder = self._make_rewarder()
         self.idle = IdleSteps()
         self.collector = Collector(self.config, self.tokenizer, self.prompts, self.engine, self.rewarder)
-        if self.log:
-            _keep_until(self.run_dir / "rejects.jsonl", self.progress.step)
         if self.config.judge.kind == "lexical":
             self.say("judge.kind is lexical: it compares characters and understands nothing; for smoke runs")
 
@@ -188,8 +185,7 @@ class Reinforcement(TrainingRun):
     def _write(self, step: int, found: Round, advantages: list[list[float]]) -> None:
         if not self.log:
             return
-        with (self.run_dir / "rejects.jsonl").open("a") as stream:
-            stream.writelines(json.dumps({"step": step, **line}) + "\n" for line in found.rejects)
+        self.log.record_rejects([{"step": step, **line} for line in found.rejects])
         if self.config.rollout.dump:
             problem = rollout_files.write(self.run_dir / "rollouts", step, found, advantages, self.collector.text)
             if problem is not None:
@@ -285,10 +281,3 @@ class Reinforcement(TrainingRun):
         if self.idle.steps:
             self.say(self.idle.told())
         self._draw_plots()
-
-
-def _keep_until(rejects: Path, step: int) -> None:
-    """Drop what a killed run wrote after `step`."""
-    if rejects.exists():
-        kept = [line for line in rejects.read_text().splitlines() if json.loads(line)["step"] <= step]
-        rejects.write_text("".join(line + "\n" for line in kept))

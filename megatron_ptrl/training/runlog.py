@@ -33,10 +33,10 @@ class RunLog:
         if settings is not None:
             (run_dir / "config.yaml").write_text(settings)
             (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
-        metrics, self._tokens = run_dir / "metrics.jsonl", run_dir / "token_weights.jsonl"
-        for lines in (metrics, self._tokens):
+        self._tokens, self._rejects = run_dir / "token_weights.jsonl", run_dir / "rejects.jsonl"
+        for lines in (run_dir / "metrics.jsonl", self._tokens, self._rejects):
             _keep_until(lines, first_step)
-        self._metrics = metrics.open("a")
+        self._metrics = (run_dir / "metrics.jsonl").open("a")
         self._text = (run_dir / "log.txt").open("a")
         self._bar = tqdm(total=last_step, initial=first_step, unit="step") if sys.stderr.isatty() else None
         self._tensorboard = _tensorboard(run_dir, first_step) if config.tensorboard else None
@@ -65,8 +65,11 @@ class RunLog:
 
     def record_tokens(self, lines: list[dict[str, Any]]) -> None:
         """Objects of token_weights.jsonl, each with its `step`."""
-        with self._tokens.open("a") as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in lines)
+        _append(self._tokens, lines)
+
+    def record_rejects(self, lines: list[dict[str, Any]]) -> None:
+        """Objects of rejects.jsonl, each with its `step`."""
+        _append(self._rejects, lines)
 
     def progress(self, figures: dict[str, float]) -> None:
         """Move the bar, or print a line every few steps where there is no terminal."""
@@ -101,6 +104,11 @@ def _shown(figures: dict[str, float]) -> str:
     if "gate_failed_share" in figures:
         parts["reward"] = f"{parts.get('reward', 'no reward')}, gate failed {figures['gate_failed_share']:.0%}"
     return ", ".join(parts.values())
+
+
+def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    with path.open("a") as stream:
+        stream.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def _keep_until(metrics: Path, step: int) -> None:
