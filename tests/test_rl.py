@@ -184,6 +184,36 @@ def test_the_first_update_is_reinforce_with_a_ratio_of_1(ranks, prefix, tmp_path
     assert figures["grad_norm"] == pytest.approx(expected, rel=1e-4)
 
 
+def first_step(rank: int, world_size: int, settings: Settings) -> tuple[Metrics, torch.Tensor]:
+    """(the figures of a run's first step, by how many learning rates it moved each parameter that it moved)."""
+    from megatron_ptrl.training.mcore import unwrap
+
+    with reinforcement(settings, world_size) as run:
+        parameters = list(unwrap(run.chunks[0]).parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
+        run._begin()
+        row = run._step()
+        run.log.close()
+    moved = [(now.detach() - then).flatten() for now, then in zip(parameters, before, strict=True)]
+    return row, torch.cat([part[part != 0] for part in moved]).abs() / row["learning_rate"]
+
+
+def test_a_run_on_top_of_another_starts_anew_and_is_held_to_that_ones_end(ranks, prefix, tmp_path, prompts, alone):
+    adam = {"optimizer__clip_grad": 0.0, "optimizer__weight_decay": 0.0, "optimizer__schedule": "cosine"}
+    chained = {"checkpoint__load": alone["run_dir"], "policy__kl_coef": 0.1}
+    settings = padded_config(prefix, prompts, tmp_path / "run", **chained, **adam)
+    row, moved = ranks.run(1, first_step, settings)[0]
+    end = Path(alone["run_dir"]) / "checkpoints" / f"step_{STEPS:08d}"
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert f"starting from the weights of {end}\n" in told and f"the policy is held to {end}\n" in told
+    # The other run's reference, its own start, is further away than this by orders of magnitude.
+    assert abs(row["kl"]) < 1e-9 and read_rl_metrics(alone["run_dir"])[-1]["kl"] > 1e-6
+    assert row["step"] == 1 and row["consumed_samples"] == 4 and read_rollouts(tmp_path / "run", 1)[0]["place"] == 0
+    assert row["learning_rate"] == settings["optimizer.lr"]
+    # Adam's first step is a learning rate long wherever a gradient is larger than its epsilon, its later ones are not.
+    assert moved.quantile(0.1) > 0.9 and moved.max() < 1.001
+
+
 class Unreliable(Letters):
     """Gives no judgement for every third response, and the second group has one that was judged."""
 
