@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from rl_runs import Letters, make_prompts, read_rl_metrics, read_rollouts, reinforcement, rl_config, run_rl
-from tiny import Metrics, Settings, assert_close_metrics, run_tiny, tiny_config
+from rl_runs import Letters, make_prompts, read_rollouts, reinforcement, rl_config, run_rl
+from tiny import Metrics, Settings, assert_close_metrics, read_metrics, run_tiny, tiny_config
 
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.records import Judgement, Prompt
@@ -78,7 +78,7 @@ def drawn(run_dir: Path | str, steps: int) -> list[tuple]:
 
 
 def test_the_run_uses_every_part_of_the_loss(alone):
-    rows = read_rl_metrics(alone["run_dir"])
+    rows = read_metrics(alone["run_dir"])
     assert [row["updates"] for row in rows] == [2.0] * STEPS
     assert all(abs(row["ratio"] - 1) > 1e-6 and row["kl"] > 1e-6 for row in rows)
     assert {row["passes"] for row in rows} == {2.0} and all(0 < row["reward"] < 1 for row in rows)
@@ -92,13 +92,13 @@ def test_every_layout_draws_and_learns_alike(ranks, prefix, tmp_path, prompts, s
     settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **{**WHOLE, **layout})
     rows = run_rl(ranks, world_size, settings)
     assert drawn(tmp_path / "run", STEPS) == drawn(alone["run_dir"], STEPS)
-    assert_close_metrics(rows, read_rl_metrics(alone["run_dir"]), TOLERANCES)
+    assert_close_metrics(rows, read_metrics(alone["run_dir"]), TOLERANCES)
 
 
 def test_a_replay_learns_the_same_without_generating(ranks, prefix, tmp_path, prompts, start, alone):
     replay = {"rollout__replay": str(Path(alone["run_dir"]) / "rollouts")}
     settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **WHOLE, **replay)
-    assert run_rl(ranks, 1, settings, Unasked()) == read_rl_metrics(alone["run_dir"])
+    assert run_rl(ranks, 1, settings, Unasked()) == read_metrics(alone["run_dir"])
     other = settings | {"run_dir": str(tmp_path / "other"), "train.seed": 7}
     with pytest.raises(AssertionError, match="has another prompt at place"):
         run_rl(ranks, 1, other)
@@ -207,7 +207,7 @@ def test_a_run_on_top_of_another_starts_anew_and_is_held_to_that_ones_end(ranks,
     told = (tmp_path / "run" / "log.txt").read_text()
     assert f"starting from the weights of {end}\n" in told and f"the policy is held to {end}\n" in told
     # The other run's reference, its own start, is further away than this by orders of magnitude.
-    assert abs(row["kl"]) < 1e-9 and read_rl_metrics(alone["run_dir"])[-1]["kl"] > 1e-6
+    assert abs(row["kl"]) < 1e-9 and read_metrics(alone["run_dir"])[-1]["kl"] > 1e-6
     assert row["step"] == 1 and row["consumed_samples"] == 4 and read_rollouts(tmp_path / "run", 1)[0]["place"] == 0
     assert row["learning_rate"] == settings["optimizer.lr"]
     # Adam's first step is a learning rate long wherever a gradient is larger than its epsilon, its later ones are not.

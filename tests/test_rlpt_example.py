@@ -3,15 +3,14 @@
 import asyncio
 import importlib.util
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from small_examples import run_small
 
 from megatron_ptrl.config import GateConfig, JudgeConfig, LexicalConfig, VerifyConfig
 from megatron_ptrl.records import Prompt
@@ -28,17 +27,7 @@ from stories import Story, draw_story, find_story, think  # noqa: E402
 
 @pytest.mark.slow
 def test_it_runs_from_seeds_to_a_table_and_plots(tmp_path: Path) -> None:
-    methods = ["--methods", "rlpt"]
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "run.py"), "--small", "--seeds", "1", *methods, "--work_dir", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = (tmp_path / "table.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    rows = run_small("rlpt", tmp_path, "--methods", "rlpt")
     assert [row[:2] for row in rows[2:]] == [["cold start", "1"], ["RLPT", "1"]]
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert (tmp_path / "report" / "scaling_prompt_tokens_mean.md").is_file()
