@@ -8,7 +8,7 @@ from typing import Any
 
 from ranks import Ranks
 from rl_runs import Letters
-from tiny import Settings, flags
+from tiny import Settings, parsed
 
 from megatron_ptrl.records import Judgement, Prompt
 
@@ -31,11 +31,7 @@ def evaluate(
     rank: int, world_size: int, settings: Settings, rewarder: Any = None, stop_after: int | None = None
 ) -> str:
     """A whole evaluation on this rank; what it printed. stop_after: raise KeyboardInterrupt behind that many writes."""
-    from megatron_ptrl.training import host
-
-    host.install_if_no_cuda()
-    from megatron_ptrl.cli import parse
-    from megatron_ptrl.config import EvaluateConfig
+    config = parsed(settings, "EvaluateConfig")
     from megatron_ptrl.evaluation.lines import Lines
     from megatron_ptrl.training import evaluate as module
 
@@ -55,23 +51,12 @@ def evaluate(
     Lines.add = counted  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            Judged(parse(EvaluateConfig, flags(settings), prog="ptrl evaluate")).run()
+            Judged(config).run()
     except KeyboardInterrupt:
         return "stopped"
     finally:
         Lines.add = add  # type: ignore[method-assign]
     return output.getvalue()
-
-
-def evaluate_all(rank: int, world_size: int, runs: list[Settings]) -> list[str]:
-    """Several one after the other, to spare the start of a process group for each."""
-    from megatron.core import parallel_state
-
-    found = []
-    for settings in runs:
-        found.append(evaluate(rank, world_size, settings))
-        parallel_state.destroy_model_parallel()
-    return found
 
 
 def run_evaluation(ranks: Ranks, world_size: int, settings: Settings, rewarder: Any = None) -> str:

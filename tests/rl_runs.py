@@ -1,20 +1,17 @@
 """Reinforcement that is small enough for a test: prompts, a pre-trained model, a judge that counts letters."""
 
 import contextlib
-import io
 import json
-import signal
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from ranks import Ranks
-from tiny import Metrics, Settings, flags, tiny_config
+from stage_runs import megatron_core
+from tiny import Metrics, Settings, parsed, read_metrics, tiny_config
 
 from megatron_ptrl.records import Judgement, Prompt
-
-CLOCK = ("seconds", "seconds_mean", "seconds_p95", "tokens_per_second")
 
 
 def make_prompts(path: Path, count: int, task: str = "asr", words: int = 3) -> str:
@@ -61,51 +58,26 @@ class Letters:
     def close(self) -> None: ...
 
 
-def parsed(settings: Settings) -> Any:
-    from megatron_ptrl.training import host
-
-    host.install_if_no_cuda()
-    from megatron_ptrl.cli import parse
-    from megatron_ptrl.config import RLConfig
-
-    return parse(RLConfig, flags(settings), prog="ptrl rl")
-
-
 @contextlib.contextmanager
 def reinforcement(settings: Settings, world_size: int, rewarder: Any = None) -> Iterator[Any]:
     """A `Reinforcement` on this rank of the pool with `rewarder` for its judge, its output swallowed."""
-    config = parsed(settings)
-    from megatron_ptrl.training import mcore
+    config = parsed(settings, "RLConfig")
     from megatron_ptrl.training.rl import Reinforcement, check
 
     class Judged(Reinforcement):
         def _make_rewarder(self) -> Any:
             return rewarder or Letters()
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     layout, tokenizer = check(config, world_size)
-    mcore.initialize(config)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield Judged(config, layout, tokenizer)
-    finally:
-        mcore.parallel_state.destroy_model_parallel()
-        # The pool ends its processes by SIGTERM, which a run would take for a wish to save.
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with megatron_core(config):
+        yield Judged(config, layout, tokenizer)
 
 
 def reinforce(rank: int, world_size: int, settings: Settings, rewarder: Any = None) -> list[Metrics]:
     """A whole run on this rank of the pool; the metrics of every step so far, without the clock's."""
     with reinforcement(settings, world_size, rewarder) as run:
         run.run()
-    return read_rl_metrics(settings["run_dir"]) if rank == 0 else []
-
-
-def read_rl_metrics(run_dir: Path | str) -> list[Metrics]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith(CLOCK)} for line in lines]
+    return read_metrics(settings["run_dir"]) if rank == 0 else []
 
 
 def read_rollouts(run_dir: Path | str, step: int) -> list[dict[str, Any]]:

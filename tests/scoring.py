@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from tiny import Settings, flags, pretraining, tiny_config
+from tiny import Settings, parsed, pretraining, tiny_config
 
 from megatron_ptrl.config import TokenizeConfig
 from megatron_ptrl.data.tokenize_stage import run as tokenize
@@ -58,31 +58,15 @@ def direct(rank: int, world_size: int, settings: Settings, data: str, windows: l
 
 def score(rank: int, world_size: int, settings: Settings, change: Any = None) -> str:
     """`ptrl score` on this rank of the pool; what it printed. `change` is called with the module before."""
-    from megatron_ptrl.training import host
-
-    host.install_if_no_cuda()
-    from megatron_ptrl.cli import parse
-    from megatron_ptrl.config import ScoreConfig
+    config = parsed(settings, "ScoreConfig")
     from megatron_ptrl.training import score as module
 
-    config = parse(ScoreConfig, flags(settings), prog="ptrl score")
     with contextlib.ExitStack() as stack:
         if change:
             stack.enter_context(change(module))
         output = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         module.Scoring(config).run()
     return output.getvalue()
-
-
-def score_all(rank: int, world_size: int, runs: list[Settings]) -> list[str]:
-    """Several one after the other, to spare the start of a process group for each."""
-    from megatron.core import parallel_state
-
-    found = []
-    for settings in runs:
-        found.append(score(rank, world_size, settings))
-        parallel_state.destroy_model_parallel()
-    return found
 
 
 def values_of(output: str) -> numpy.ndarray:

@@ -1,16 +1,15 @@
 """Fine-tuning that is small enough for a test: conversations of any lengths, a pre-trained model."""
 
 import contextlib
-import io
 import json
 import random
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ranks import Ranks
-from tiny import Metrics, Settings, flags, read_metrics, tiny_config
+from stage_runs import megatron_core
+from tiny import Metrics, Settings, parsed, read_metrics, tiny_config
 
 WORDS = ("def", "return", "import", "class", "self", "None")
 
@@ -47,26 +46,12 @@ def sft_config(prefix: str, chats: str, run_dir: Path | str, **overrides: Any) -
 @contextlib.contextmanager
 def fine_tuning(settings: Settings, world_size: int) -> Iterator[Any]:
     """A `SupervisedTuning` on this rank of the pool, its output swallowed."""
-    from megatron_ptrl.training import host
-
-    host.install_if_no_cuda()
-    from megatron_ptrl.cli import parse
-    from megatron_ptrl.config import SFTConfig
-    from megatron_ptrl.training import mcore
+    config = parsed(settings, "SFTConfig")
     from megatron_ptrl.training.sft import check, tuning
 
-    config = parse(SFTConfig, flags(settings), prog="ptrl sft")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     layout, tokenizer = check(config, world_size)
-    mcore.initialize(config)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield tuning(config, layout, tokenizer)
-    finally:
-        mcore.parallel_state.destroy_model_parallel()
-        # The pool ends its processes by SIGTERM, which a run would take for a wish to save.
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with megatron_core(config):
+        yield tuning(config, layout, tokenizer)
 
 
 def tune(rank: int, world_size: int, settings: Settings) -> list[Metrics]:

@@ -1,7 +1,5 @@
 """`ptrl convert`: transformers and our model compute the same from the same weights, which come back bit for bit."""
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -12,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from hf_models import MODELS, logits_of, make
+from stage_runs import command
 from tiny import run_tiny, tiny_config
 
 from megatron_ptrl.conversion.hf_config import model_fields_of
@@ -24,12 +23,8 @@ LONG_TOKENS = torch.arange(2300) * 7 % 512
 
 def ptrl(rank: int, world_size: int, *words: str) -> tuple[int, str]:
     """`ptrl` in a process of the pool: its exit code, and all it said."""
-    from megatron_ptrl.__main__ import main
-
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-        code = main(list(words))
-    return code, told.getvalue()
+    code, out, err = command(rank, world_size, *words)
+    return code, out + err
 
 
 def convert(ranks: Any, source: Path, output: Path, *words: str) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from evaluating import evaluate, evaluate_all, read, run_evaluation, settings_of
+from evaluating import evaluate, read, run_evaluation, settings_of
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from ranks import Ranks
 from rl_runs import Letters, make_prompts
+from stage_runs import one_by_one
 from tiny import Settings, pretraining
 
 from megatron_ptrl.evaluation.pass_at_k import Problem, consensus, pass_at_k
@@ -215,4 +216,4 @@ def test_what_is_refused(ranks, alone, tmp_path, unscored):
         ({"output": str(tmp_path / "lines")}, "samples.jsonl: a line has no place; remove the folder"),
     ):
         with pytest.raises(AssertionError, match=said):
-            ranks.run(1, evaluate_all, [alone[0] | changes])
+            ranks.run(1, one_by_one, evaluate, [alone[0] | changes])

@@ -1,17 +1,16 @@
 """examples/flywheel: the whole loop at its smallest, and the parts that decide what its table means."""
 
 import json
-import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_examples import run_small
 from tiny import Settings, pretraining, tiny_config
 
 FOLDER = Path(__file__).parents[1] / "examples" / "flywheel"
@@ -22,18 +21,7 @@ from problems import draw_problem, is_held_out, is_right  # noqa: E402
 
 @pytest.mark.slow
 def test_the_loop_runs_from_text_to_a_table_and_a_report(tmp_path: Path) -> None:
-    words = ["--small", "--seeds", "1", "--methods", "vanilla", "remit", "--work_dir", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "run.py"), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = (tmp_path / "table.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    header, _, *models = rows
+    header, _, *models = run_small("flywheel", tmp_path, "--methods", "vanilla", "remit")
     assert header == ["", "seeds", "right", "CE problems", "CE prose", "mean weight"]
     assert [row[:2] for row in models] == [["pre-trained", "1"], ["RL-tuned", "1"], ["vanilla", "1"], ["remit", "1"]]
     by_name = {row[0]: row[2:] for row in models}

@@ -251,12 +251,12 @@ REFUSED = {
 
 def refused(rank: int, world_size: int, settings: Settings) -> str:
     from jsonargparse import ArgumentError
-    from rl_runs import parsed
+    from tiny import parsed
 
     from megatron_ptrl.training.engines import check_engine
 
     try:
-        check_engine(parsed(settings))
+        check_engine(parsed(settings, "RLConfig"))
     except (InputError, ArgumentError, SystemExit) as error:
         return str(error)
     return "nothing"

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
+from stage_runs import one_by_one
 from test_against_megatron import MTP, TP_SP
 from test_layouts import SHAPING, TOLERANCES
-from tiny import Metrics, Settings, assert_close_metrics, parsed, pretraining, run_tiny, tiny_config, train_all
+from tiny import Metrics, Settings, assert_close_metrics, parsed, pretraining, run_tiny, tiny_config, train
 
 from megatron_ptrl.errors import InputError
 
@@ -44,7 +45,7 @@ def with_logits(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFact
     """Each model, trained by the loss on logits on one rank."""
     folder = tmp_path_factory.mktemp("logits")
     runs = [tiny_config(prefix, folder / name, train__steps=4, **SHAPING, **MODELS[name]) for name in MODELS]
-    return dict(zip(MODELS, ranks.run(1, train_all, runs)[0], strict=True))
+    return dict(zip(MODELS, ranks.run(1, one_by_one, train, runs)[0], strict=True))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -56,7 +57,7 @@ def test_trains_like_the_loss_on_logits(ranks, prefix, tmp_path, with_logits, na
         tiny_config(prefix, tmp_path / model, train__steps=4, **{**SHAPING, **LINEAR, **layout, **models[model]})
         for model in models
     ]
-    for model, metrics in zip(models, ranks.run(world_size, train_all, runs)[0], strict=True):
+    for model, metrics in zip(models, ranks.run(world_size, one_by_one, train, runs)[0], strict=True):
         assert_close_metrics(metrics, with_logits[model], TOLERANCES)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from evaluating import read, run_evaluation, settings_of
 from scoring import WINDOW, direct
-from tiny import Settings
+from tiny import Settings, parsed
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install megatron-ptrl[lm_eval]")
 
@@ -35,17 +35,10 @@ metric_list:
 
 def ask(rank: int, world_size: int, settings: Settings) -> list[Any]:
     """Log-likelihoods of (text, end), rolling ones of the texts, and greedy continuations."""
-    from megatron_ptrl.training import host
-
-    host.install_if_no_cuda()
-    from tiny import flags
-
-    from megatron_ptrl.cli import parse
-    from megatron_ptrl.config import EvaluateConfig
+    config = parsed(settings, "EvaluateConfig")
     from megatron_ptrl.evaluation.lm_eval import HarnessModel
     from megatron_ptrl.training.evaluate import Evaluation
 
-    config = parse(EvaluateConfig, flags(settings), prog="ptrl evaluate")
     evaluation = Evaluation(config)
     model = HarnessModel(
         evaluation.settings, evaluation.model, evaluation._make_engine(), evaluation.tokenizer, config.harness, chunk=1

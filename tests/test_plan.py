@@ -1,13 +1,10 @@
 """The dry run: its arithmetic against models that are really built, and that it leaves nothing behind."""
 
-import contextlib
-import io
 from typing import Any
 
 import pytest
+from stage_runs import command
 from tiny import VOCAB, Settings, flags, parsed, pretraining, tiny_config
-
-from megatron_ptrl.__main__ import main
 
 MODELS: dict[str, dict[str, Any]] = {
     "tied, grouped queries, QK norm": {},
@@ -128,10 +125,7 @@ def test_memory_shrinks_with_what_shares_it(ranks, prefix, tmp_path):
 
 
 def dry_run(rank: int, world_size: int, words: list[str], stage: str = "pretrain") -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([stage, "--dry_run=true", *words])
-    return code, out.getvalue(), err.getvalue()
+    return command(rank, world_size, stage, "--dry_run=true", *words)
 
 
 def test_a_dry_run_prints_the_plan_and_creates_nothing(ranks, prefix, tmp_path):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from rl_runs import Letters, make_prompts, read_rl_metrics, read_rollouts, reinforcement, rl_config, run_rl
-from tiny import Metrics, Settings, assert_close_metrics, run_tiny, tiny_config
+from rl_runs import Letters, make_prompts, read_rollouts, reinforcement, rl_config, run_rl
+from tiny import Metrics, Settings, assert_close_metrics, read_metrics, run_tiny, tiny_config
 
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.records import Judgement, Prompt
@@ -78,7 +78,7 @@ def drawn(run_dir: Path | str, steps: int) -> list[tuple]:
 
 
 def test_the_run_uses_every_part_of_the_loss(alone):
-    rows = read_rl_metrics(alone["run_dir"])
+    rows = read_metrics(alone["run_dir"])
     assert [row["updates"] for row in rows] == [2.0] * STEPS
     assert all(abs(row["ratio"] - 1) > 1e-6 and row["kl"] > 1e-6 for row in rows)
     assert {row["passes"] for row in rows} == {2.0} and all(0 < row["reward"] < 1 for row in rows)
@@ -92,13 +92,13 @@ def test_every_layout_draws_and_learns_alike(ranks, prefix, tmp_path, prompts, s
     settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **{**WHOLE, **layout})
     rows = run_rl(ranks, world_size, settings)
     assert drawn(tmp_path / "run", STEPS) == drawn(alone["run_dir"], STEPS)
-    assert_close_metrics(rows, read_rl_metrics(alone["run_dir"]), TOLERANCES)
+    assert_close_metrics(rows, read_metrics(alone["run_dir"]), TOLERANCES)
 
 
 def test_a_replay_learns_the_same_without_generating(ranks, prefix, tmp_path, prompts, start, alone):
     replay = {"rollout__replay": str(Path(alone["run_dir"]) / "rollouts")}
     settings = padded_config(prefix, prompts, tmp_path / "run", checkpoint__load=start, **WHOLE, **replay)
-    assert run_rl(ranks, 1, settings, Unasked()) == read_rl_metrics(alone["run_dir"])
+    assert run_rl(ranks, 1, settings, Unasked()) == read_metrics(alone["run_dir"])
     other = settings | {"run_dir": str(tmp_path / "other"), "train.seed": 7}
     with pytest.raises(AssertionError, match="has another prompt at place"):
         run_rl(ranks, 1, other)
@@ -182,6 +182,36 @@ def test_the_first_update_is_reinforce_with_a_ratio_of_1(ranks, prefix, tmp_path
     assert (figures["ratio"], figures["ratio_max"], figures["clip_share"], figures["kl"]) == (1, 1, 0, 0)
     assert abs(figures["loss"]) < 1 and expected > 0.1
     assert figures["grad_norm"] == pytest.approx(expected, rel=1e-4)
+
+
+def first_step(rank: int, world_size: int, settings: Settings) -> tuple[Metrics, torch.Tensor]:
+    """(the figures of a run's first step, by how many learning rates it moved each parameter that it moved)."""
+    from megatron_ptrl.training.mcore import unwrap
+
+    with reinforcement(settings, world_size) as run:
+        parameters = list(unwrap(run.chunks[0]).parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
+        run._begin()
+        row = run._step()
+        run.log.close()
+    moved = [(now.detach() - then).flatten() for now, then in zip(parameters, before, strict=True)]
+    return row, torch.cat([part[part != 0] for part in moved]).abs() / row["learning_rate"]
+
+
+def test_a_run_on_top_of_another_starts_anew_and_is_held_to_that_ones_end(ranks, prefix, tmp_path, prompts, alone):
+    adam = {"optimizer__clip_grad": 0.0, "optimizer__weight_decay": 0.0, "optimizer__schedule": "cosine"}
+    chained = {"checkpoint__load": alone["run_dir"], "policy__kl_coef": 0.1}
+    settings = padded_config(prefix, prompts, tmp_path / "run", **chained, **adam)
+    row, moved = ranks.run(1, first_step, settings)[0]
+    end = Path(alone["run_dir"]) / "checkpoints" / f"step_{STEPS:08d}"
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert f"starting from the weights of {end}\n" in told and f"the policy is held to {end}\n" in told
+    # The other run's reference, its own start, is further away than this by orders of magnitude.
+    assert abs(row["kl"]) < 1e-9 and read_metrics(alone["run_dir"])[-1]["kl"] > 1e-6
+    assert row["step"] == 1 and row["consumed_samples"] == 4 and read_rollouts(tmp_path / "run", 1)[0]["place"] == 0
+    assert row["learning_rate"] == settings["optimizer.lr"]
+    # Adam's first step is a learning rate long wherever a gradient is larger than its epsilon, its later ones are not.
+    assert moved.quantile(0.1) > 0.9 and moved.max() < 1.001
 
 
 class Unreliable(Letters):

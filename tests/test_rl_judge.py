@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from ranks import Ranks
-from rl_runs import Letters, make_prompts, read_rl_metrics, read_rollouts, reinforcement, rl_config
+from rl_runs import Letters, make_prompts, read_rollouts, reinforcement, rl_config
 from stub_llm_server import StubServer
-from tiny import Metrics, Settings
+from tiny import Metrics, Settings, read_metrics
 
 from megatron_ptrl.records import Judgement, Prompt
 
@@ -50,7 +50,7 @@ def judged_by_a_server(rank: int, world_size: int, settings: Settings) -> list[M
             run.run()
         except InputError as error:
             return str(error)
-    return read_rl_metrics(settings["run_dir"])
+    return read_metrics(settings["run_dir"])
 
 
 def settings_of(prefix: str, folder: Path, url: str, **changes: Any) -> Settings:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rl_runs import make_prompts, read_rl_metrics, reinforcement, rl_config
-from tiny import Metrics, Settings
+from rl_runs import make_prompts, reinforcement, rl_config
+from tiny import Metrics, Settings, read_metrics
 
 STEPS = 5
 DEADLINE = 240.0  # seconds for all lives; half a minute on an idle core
@@ -114,9 +114,9 @@ def test_killed_at_any_moment_the_same_command_repeats_the_figures(prefix: str, 
     assert json.loads(told.splitlines()[-1]) == [0, 9, 9, 9, 9, 0]
     log = (tmp_path / "killed" / "log.txt").read_text()
     assert "(step 2)" in log and ".step_00000004.partial: its save was cut short" in log
-    expected: list[Metrics] = read_rl_metrics(tmp_path / "whole")
+    expected: list[Metrics] = read_metrics(tmp_path / "whole")
     assert len(expected) == STEPS and expected[1] != expected[2] and expected[-1]["updates"] == 2
-    assert read_rl_metrics(tmp_path / "killed") == expected
+    assert read_metrics(tmp_path / "killed") == expected
     for step in range(1, STEPS + 1):
         name = f"rollouts/step_{step:08d}.jsonl"
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

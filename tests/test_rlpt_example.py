@@ -1,16 +1,16 @@
 """examples/rlpt: the whole of it at its smallest, and the parts that decide what its table means."""
 
 import asyncio
+import importlib.util
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from small_examples import run_small
 
 from megatron_ptrl.config import GateConfig, JudgeConfig, LexicalConfig, VerifyConfig
 from megatron_ptrl.records import Prompt
@@ -27,17 +27,7 @@ from stories import Story, draw_story, find_story, think  # noqa: E402
 
 @pytest.mark.slow
 def test_it_runs_from_seeds_to_a_table_and_plots(tmp_path: Path) -> None:
-    methods = ["--methods", "rlpt"]
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "run.py"), "--small", "--seeds", "1", *methods, "--work_dir", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = (tmp_path / "table.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    rows = run_small("rlpt", tmp_path, "--methods", "rlpt")
     assert [row[:2] for row in rows[2:]] == [["cold start", "1"], ["RLPT", "1"]]
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert (tmp_path / "report" / "scaling_prompt_tokens_mean.md").is_file()
@@ -49,6 +39,34 @@ def test_it_runs_from_seeds_to_a_table_and_plots(tmp_path: Path) -> None:
     assert f"starting from the weights of {tmp_path / 'cold_start_run'}" in started["rlpt-1"]
     held_out = read(tmp_path / "rlpt-1" / "held_out" / "samples.jsonl")
     assert Counter(line["task"] for line in held_out) == {"asr": 8, "msr": 8, "rlvr": 8}
+
+
+def test_rlvr_goes_on_from_the_end_of_rlpt_with_the_same_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("rlpt_run", FOLDER / "run.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    batches: list[list[list[str]]] = []
+    monkeypatch.setattr(example, "run", lambda words: example.run_side_by_side([words]))
+    monkeypatch.setattr(example, "run_side_by_side", lambda every: batches.append([list(map(str, w)) for w in every]))
+    stages = example.Stages(FOLDER / "configs", example.SMALL)
+    example.Example(tmp_path, 2, ["rlpt", "rlpt-rlvr"], stages).run()
+
+    made = {str(tmp_path / "cold_start_run")}
+    started = {}
+    for batch in (batch for batch in batches if "rl" in batch[0][:3]):
+        flags = [dict(zip(words, words[1:], strict=False)) for words in batch]
+        # What runs side by side cannot start from one another.
+        assert {run["--checkpoint.load"] for run in flags} <= made
+        made |= {run["--run_dir"] for run in flags}
+        for run in flags:
+            files = "questions" if "questions" in run["--prompts.files"] else "segments"
+            started[Path(run["--run_dir"]).name] = (Path(run["--checkpoint.load"]).name, run["--train.seed"], files)
+    assert started == {
+        "rlpt-1": ("cold_start_run", "1", "segments"),
+        "rlpt-2": ("cold_start_run", "2", "segments"),
+        "rlpt-rlvr-1": ("rlpt-1", "1", "questions"),
+        "rlpt-rlvr-2": ("rlpt-2", "2", "questions"),
+    }
 
 
 def read(path: Path) -> list[dict]:

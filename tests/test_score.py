@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from scoring import WINDOW, direct, score, score_all, values_of
+from scoring import WINDOW, direct, score, values_of
+from stage_runs import one_by_one
 from tiny import Settings
 
 from megatron_ptrl.data import sidecar
@@ -107,7 +108,7 @@ def test_settings_that_must_not_matter_and_some_that_must(ranks, reference, unsc
     stored = settings(reference, unscored, tmp_path / "b", storage="bf16")
     wide = settings(reference, unscored, tmp_path / "c", window=512, overlap=None)
     coarse = settings(reference, unscored, tmp_path / "d", precision="bf16")
-    ranks.run(1, score_all, [one_row, stored, wide, coarse])
+    ranks.run(1, one_by_one, score, [one_row, stored, wide, coarse])
     exact = values_of(alone[0])
     numpy.testing.assert_allclose(values_of(str(tmp_path / "a")), exact, rtol=0, atol=TOLERANCE)
     bits = numpy.fromfile(tmp_path / "b.bin", numpy.uint16)

@@ -1,7 +1,5 @@
 """`ptrl sft` with the real Megatron-Core: the loss of packed rows, the same figures under every layout, resuming."""
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +9,8 @@ import pytest
 import torch
 from ranks import RankError
 from sft_runs import fine_tuning, make_chats, run_sft, sft_config
+from stage_runs import command
 from tiny import Settings, assert_close_metrics, flags, read_metrics, run_tiny, tiny_config
-
-from megatron_ptrl.__main__ import main
 
 SHAPED = {"loss__beta": -0.25, "loss__lambda_head": 0.1, "loss__lambda_tail": -0.1, "loss__top_k": 20}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -147,13 +144,6 @@ def test_changed_conversations_are_told_when_a_run_goes_on(ranks, prefix, chats,
     assert "train.steps was 3, from here on it is 4" in log.read_text() and "another order" not in log.read_text()
 
 
-def commanded(rank: int, world_size: int, words: list[str]) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["sft", *words])
-    return code, out.getvalue(), err.getvalue()
-
-
 def test_from_pretrain_by_the_command_line_to_answers(ranks, prefix, tmp_path):
     start = tiny_config(prefix, tmp_path / "start", train__steps=8, data__seq_length=96)
     run_tiny(ranks, 1, start)
@@ -162,9 +152,9 @@ def test_from_pretrain_by_the_command_line_to_answers(ranks, prefix, tmp_path):
     held_out = {"data__valid": [make_chats(tmp_path / "valid.jsonl", 9, seed=3)], "train__eval_samples": 9}
     load = {"checkpoint__load": str(tmp_path / "start"), "optimizer__lr": 1e-2, "train__epochs": 5}
     words = flags(sft_config(prefix, str(chats), tmp_path / "run", **load, **held_out))
-    planned = ranks.run(1, commanded, [*words, "--dry_run"])[0]
+    planned = ranks.run(1, command, "sft", *words, "--dry_run")[0]
     assert planned[0] == 0 and not (tmp_path / "run").exists()
-    code, text, err = ranks.run(1, commanded, words)[0]
+    code, text, err = ranks.run(1, command, "sft", *words)[0]
     assert (code, err) == (0, "")
     steps = f"{int(settings_of({'run_dir': str(tmp_path / 'run')})['steps'])} steps"
     assert steps in planned[1] and "60 conversations" in planned[1]
@@ -173,7 +163,7 @@ def test_from_pretrain_by_the_command_line_to_answers(ranks, prefix, tmp_path):
     trained = [row for row in rows if "loss" in row]
     assert trained[-1]["ce"] < trained[0]["ce"] / 2 and rows[-1]["valid_ce"] < trained[0]["ce"] / 2
     assert "starting from the weights of" in text and "held-out cross entropy" in text
-    again = ranks.run(1, commanded, words)[0]
+    again = ranks.run(1, command, "sft", *words)[0]
     assert again[0] == 0 and "is complete" in again[1] and read_metrics(tmp_path / "run") == rows
 
 
@@ -192,7 +182,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_told_in_one_line(ranks, prefix, chats, tmp_path, name):
     changed, reason = BAD[name]
-    code, _, err = ranks.run(1, commanded, flags(sft_config(prefix, chats, tmp_path / "run") | changed))[0]
+    code, _, err = ranks.run(1, command, "sft", *flags(sft_config(prefix, chats, tmp_path / "run") | changed))[0]
     assert code == 2 and reason in err and err.startswith("ptrl sft") and err.count("\n") == 1
 
 

@@ -1,7 +1,6 @@
 """examples/tpt: the whole of it at its smallest, and the parts that decide what its table means."""
 
 import json
-import os
 import random
 import re
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_examples import run_small
 
 FOLDER = Path(__file__).parents[1] / "examples" / "tpt"
 sys.path.insert(0, str(FOLDER))
@@ -22,17 +22,9 @@ from think_server import complete  # noqa: E402
 
 @pytest.mark.slow
 def test_it_runs_from_seeds_to_a_table_and_a_plot(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "run.py"), "--small", "--seeds", "1", "--work_dir", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = (tmp_path / "table.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("|")]
-    assert table[-1] == f"TPT, right after thinking, run by run: {rows[3][3]}"
+    rows = run_small("tpt", tmp_path)
+    told = f"\nTPT, right after thinking, run by run: {rows[3][3]}\n"
+    assert (tmp_path / "table.md").read_text().endswith(told)
     assert rows[0] == ["", "seeds", "directly", "after thinking", "CE documents", "CE totals"]
     assert [row[:2] for row in rows[2:]] == [["vanilla", "1"], ["TPT", "1"]]
     assert rows[2][4:] != rows[3][4:] and all(float(cell) > 0 for row in rows[2:] for cell in row[4:])

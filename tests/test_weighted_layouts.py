@@ -15,7 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from ranks import Ranks
 from scoring import score
 from sidecars import any_values, write_sidecar
-from tiny import VOCAB, Metrics, Settings, assert_close_metrics, run_tiny, tiny_config, train_all
+from stage_runs import one_by_one
+from tiny import VOCAB, Metrics, Settings, assert_close_metrics, run_tiny, tiny_config, train
 
 from megatron_ptrl.data.indexed import IndexedMeta, read_meta
 
@@ -89,7 +90,7 @@ def alone(
 ) -> list[tuple[list[Metrics], list[dict[str, Any]]]]:
     """Figures and logged tokens on one rank."""
     runs = both(data, tmp_path_factory.mktemp("alone"), opinion, sidecar)
-    return [(rows, tokens(run)) for rows, run in zip(ranks.run(1, train_all, runs)[0], runs, strict=True)]
+    return [(rows, tokens(run)) for rows, run in zip(ranks.run(1, one_by_one, train, runs)[0], runs, strict=True)]
 
 
 def test_the_weights_matter(alone):
@@ -107,7 +108,7 @@ def test_the_weights_matter(alone):
 def test_every_layout_weighs_alike(ranks, data, tmp_path, opinion, sidecar, alone, name):
     world_size, layout = LAYOUTS[name]
     runs = both(data, tmp_path, opinion, sidecar, **layout)
-    spread = ranks.run(world_size, train_all, runs)[0]
+    spread = ranks.run(world_size, one_by_one, train, runs)[0]
     for rows, run, (expected, expected_tokens) in zip(spread, runs, alone, strict=True):
         assert_close_metrics(rows, expected, FIGURES)
         for row, other in zip(rows, expected, strict=True):
@@ -132,7 +133,7 @@ def test_a_side_car_is_what_the_reference_says_online(ranks, prefix, tmp_path, o
         tiny_config(data, tmp_path / "online", **common, remit__reference=opinion),
         tiny_config(data, tmp_path / "stored", **common, remit__sidecar=[str(tmp_path / "s")]),
     ]
-    online, stored = ranks.run(1, train_all, runs)[0]
+    online, stored = ranks.run(1, one_by_one, train, runs)[0]
     assert_close_metrics(stored, online, dict.fromkeys(("loss", "ce", "reference_ce", "grad_norm"), 1e-5))
     assert online[0]["num_tokens"] == 8 * 60, "what follows the end of a document is masked"
     for line, other in zip(tokens(runs[1]), tokens(runs[0]), strict=True):

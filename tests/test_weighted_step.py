@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankError, Ranks
+from stage_runs import one_by_one
 from test_rho1 import by_hand
-from tiny import Metrics, Settings, assert_close_metrics, parsed, pretraining, run_tiny, tiny_config, train_all
+from tiny import Metrics, Settings, assert_close_metrics, parsed, pretraining, run_tiny, tiny_config, train
 
 from megatron_ptrl import reference
 from megatron_ptrl.config import RewardShaping
@@ -140,7 +141,8 @@ def test_a_reference_that_is_the_model_changes_nothing(ranks, prefix, tmp_path, 
     noisy = {"train__steps": 4, "model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
     plain, same, half, plain_noisy, unweighted = ranks.run(
         1,
-        train_all,
+        one_by_one,
+        train,
         [
             weighted(prefix, tmp_path / "0", opinion, **start, remit__weighting="none"),
             weighted(prefix, tmp_path / "1", opinion, **start),

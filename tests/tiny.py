@@ -8,13 +8,13 @@ import contextlib
 import io
 import json
 import random
-import signal
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ranks import Ranks
+from stage_runs import megatron_core
 
 from megatron_ptrl.config import TokenizeConfig
 from megatron_ptrl.data.tokenize_stage import run as tokenize
@@ -23,7 +23,7 @@ Settings = dict[str, Any]
 Metrics = dict[str, float]
 
 VOCAB = 512
-WALL_CLOCK = ("step_seconds", "tokens_per_second")
+WALL_CLOCK = ("seconds", "seconds_mean", "seconds_p95", "tokens_per_second")
 
 
 def make_corpus(folder: Path, megabytes: float = 0.4) -> str:
@@ -73,15 +73,15 @@ def flags(settings: Settings) -> list[str]:
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
 
 
-def parsed(settings: Settings) -> Any:
-    """PretrainConfig of the settings; for a process of the pool, whose torch may be patched."""
+def parsed(settings: Settings, config: str = "PretrainConfig") -> Any:
+    """The settings as that class of megatron_ptrl.config; for a process of the pool, whose torch may be patched."""
     from megatron_ptrl.training import host
 
     host.install_if_no_cuda()
+    import megatron_ptrl.config
     from megatron_ptrl.cli import parse
-    from megatron_ptrl.config import PretrainConfig
 
-    return parse(PretrainConfig, flags(settings), prog="ptrl pretrain")
+    return parse(getattr(megatron_ptrl.config, config), flags(settings), prog="ptrl")
 
 
 @contextlib.contextmanager
@@ -89,21 +89,12 @@ def pretraining(settings: Settings, world_size: int) -> Iterator[Any]:
     """A `Pretraining` on this rank of the pool, its output swallowed; the pool closes the process groups."""
     config = parsed(settings)
     from megatron_ptrl.data.indexed import resolve_tokenizer
-    from megatron_ptrl.training import mcore
     from megatron_ptrl.training.layout import check_layout
     from megatron_ptrl.training.pretrain import Pretraining
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     layout = check_layout(config, world_size)
-    mcore.initialize(config)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield Pretraining(config, layout, resolve_tokenizer(config.data))
-    finally:
-        mcore.parallel_state.destroy_model_parallel()
-        # The pool ends its processes by SIGTERM, which a run would take for a wish to save.
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with megatron_core(config):
+        yield Pretraining(config, layout, resolve_tokenizer(config.data))
 
 
 def train(rank: int, world_size: int, settings: Settings) -> list[Metrics]:
@@ -113,15 +104,10 @@ def train(rank: int, world_size: int, settings: Settings) -> list[Metrics]:
     return read_metrics(settings["run_dir"]) if rank == 0 else []
 
 
-def train_all(rank: int, world_size: int, runs: list[Settings]) -> list[list[Metrics]]:
-    """Several runs one after the other, to spare the start of a process group for each."""
-    return [train(rank, world_size, settings) for settings in runs]
-
-
 def read_metrics(run_dir: Path | str) -> list[Metrics]:
     """metrics.jsonl without what depends on the clock."""
     lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in WALL_CLOCK} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(WALL_CLOCK)} for line in lines]
 
 
 def run_tiny(ranks: Ranks, world_size: int, settings: Settings) -> list[Metrics]:

@@ -24,8 +24,11 @@ import torch
 
 from megatron_ptrl.training import host
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
+
 host.install_if_no_cuda()
 
+from comparison import named_runs, table  # noqa: E402
 from policy import forward, make_rows, sample  # noqa: E402
 from problems import is_right  # noqa: E402
 
@@ -39,7 +42,7 @@ from megatron_ptrl.training import checkpoint, mcore  # noqa: E402
 
 ROWS_AT_ONCE = 64
 Measured = dict[str, list[dict[str, float | None]]]  # by name, the columns of every run
-COLUMNS = ("right", "CE problems", "CE prose", "mean weight")
+COLUMNS = {"right": "{:.1%}", "CE problems": "{:.4f}", "CE prose": "{:.4f}", "mean weight": "{:.4f}"}
 
 
 @dataclass(frozen=True)
@@ -90,25 +93,6 @@ def mean_weight(run: Path) -> float | None:
     return statistics.mean(weights) if weights else None
 
 
-def table(measured: Measured) -> str:
-    """Markdown, a row a name."""
-    lines = [f"| | seeds | {' | '.join(COLUMNS)} |", f"|---|---:|{'---:|' * len(COLUMNS)}"]
-    for name, runs in measured.items():
-        forms = ["{:.1%}" if column == "right" else "{:.4f}" for column in COLUMNS]
-        cells = [spread([run[column] for run in runs], form) for column, form in zip(COLUMNS, forms, strict=True)]
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def spread(values: Sequence[float | None], form: str) -> str:
-    """`mean +- standard deviation`; a dash where a value is missing."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
-        return "-"
-    mean = form.format(statistics.mean(known))
-    return mean if len(known) == 1 else f"{mean} ± {form.format(statistics.stdev(known))}"
-
-
 def main() -> None:
     """Measure every run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,10 +106,8 @@ def main() -> None:
         [json.loads(line) for line in arguments.problems.read_text(encoding="utf-8").splitlines()],
         [json.loads(line)["text"] for line in arguments.prose.read_text(encoding="utf-8").splitlines()],
     )
-    pairs = [word.partition("=") for word in arguments.runs]
-    named = {name: [Path(run) for run in runs.split(",")] for name, _, runs in pairs}
     try:
-        text = table(compare(named, held_out, arguments.new_tokens))
+        text = table(compare(named_runs(arguments.runs), held_out, arguments.new_tokens), COLUMNS)
     except InputError as error:
         sys.exit(f"compare.py: {error}")
     print(text)

@@ -11,16 +11,17 @@ tokenizer.json                   byte-level BPE in which every digit is a token 
 
 import argparse
 import dataclasses
-import json
 import random
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from problems import draw_problem, draw_prose
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
 
-EOD = "<|endoftext|>"
+from problems import draw_problem, draw_prose
+from toy_data import train_digit_tokenizer, write_lines
+
 VOCAB_SIZE = 512
 WRONG = 1 / 3
 
@@ -43,29 +44,6 @@ def problems(count: int, seed: int, *, held_out: bool) -> Iterable[dict[str, Any
         yield dataclasses.asdict(draw_problem(rng, held_out=held_out))
 
 
-def train_tokenizer(path: Path) -> None:
-    """A BPE over the training text. Whole numbers as tokens would hide the digits that the steps work with."""
-    split = tokenizers.pre_tokenizers
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[EOD],
-        initial_alphabet=split.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator((line["text"] for line in documents(5000, seed=0)), trainer)
-    bpe.save(str(path))
-
-
-def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line."""
-    with path.open("w", encoding="utf-8") as stream:
-        for line in lines:
-            stream.write(json.dumps(line) + "\n")
-
-
 def main() -> None:
     """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,13 +55,14 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "pretrain.jsonl", documents(arguments.pretrain, seed=1))
-    write(folder / "midtrain.jsonl", documents(arguments.midtrain, seed=2))
-    write(folder / "prompts.jsonl", problems(arguments.prompts, seed=3, held_out=False))
-    write(folder / "held_out.jsonl", problems(arguments.held_out, seed=4, held_out=True))
+    write_lines(folder / "pretrain.jsonl", documents(arguments.pretrain, seed=1))
+    write_lines(folder / "midtrain.jsonl", documents(arguments.midtrain, seed=2))
+    write_lines(folder / "prompts.jsonl", problems(arguments.prompts, seed=3, held_out=False))
+    write_lines(folder / "held_out.jsonl", problems(arguments.held_out, seed=4, held_out=True))
     prose = random.Random(5)
-    write(folder / "held_out_prose.jsonl", ({"text": draw_prose(prose)} for _ in range(arguments.held_out)))
-    train_tokenizer(folder / "tokenizer.json")
+    write_lines(folder / "held_out_prose.jsonl", ({"text": draw_prose(prose)} for _ in range(arguments.held_out)))
+    texts = (line["text"] for line in documents(5000, seed=0))
+    train_digit_tokenizer(texts, folder / "tokenizer.json", VOCAB_SIZE)
     print(f"{folder}: {arguments.pretrain:,} documents to pre-train on, {arguments.midtrain:,} to mid-train on")
 
 

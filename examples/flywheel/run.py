@@ -10,20 +10,16 @@ delete the work directory to start over. `--small` only shows that every stage w
 """
 
 import argparse
-import os
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
-PTRL = ("-m", "megatron_ptrl")
-CORES = 2
-WEIGHTINGS = {"vanilla": "none", "remit": "remit", "rho1": "rho1"}
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
 
-Words = list[object]
+from commands import PTRL, Stages, Words, run, run_side_by_side, timed
+
+HERE = Path(__file__).parent
+WEIGHTINGS = {"vanilla": "none", "remit": "remit", "rho1": "rho1"}
 
 SMALL: dict[str, Words] = {
     "make_data": ["--pretrain", 400, "--midtrain", 200, "--prompts", 32, "--held_out", 8],
@@ -36,31 +32,31 @@ SMALL: dict[str, Words] = {
 
 @dataclass(frozen=True)
 class Flywheel:
-    """Everything lies in `work`; `small` shortens the stages by the flags of `SMALL`, on one rank."""
+    """Everything lies in `work`."""
 
     work: Path
     seeds: int
     methods: list[str]
-    small: bool
+    stages: Stages
 
     def run(self) -> None:
         """All stages, one after the other."""
+        flags, ranks = self.stages.flags, self.stages.ranks
         data, pretrained, rl_tuned = self.work / "data", self.work / "pretrained", self.work / "rl_tuned"
         pretraining, midtraining, sidecar = data / "pretrain", data / "midtrain", data / "midtrain.logprob"
         tokenizer, prompts = data / "tokenizer.json", data / "prompts.jsonl"
 
         if not tokenizer.exists():
-            run([HERE / "make_data.py", data, *self.flags("make_data")])
+            run([HERE / "make_data.py", data, *flags("make_data")])
         for prefix in (pretraining, midtraining):
             if not prefix.with_suffix(".idx").exists():
                 source = ["--input", f"{prefix}.jsonl", "--tokenizer", tokenizer]
                 run([*PTRL, "tokenize", *source, "--output", prefix])
 
-        ranks: Words = [] if self.small else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", CORES]
         source = ["--data.train", pretraining]
-        run([*ranks, *PTRL, "pretrain", *self.flags("pretrain", "pretrain.yaml"), *source, "--run_dir", pretrained])
+        run([*ranks, *PTRL, "pretrain", *flags("pretrain", "pretrain.yaml"), *source, "--run_dir", pretrained])
         source += ["--prompts", prompts, "--checkpoint.load", pretrained]
-        run([*ranks, HERE / "rl_tune.py", *self.flags("rl_tune", "rl.yaml"), *source, "--run_dir", rl_tuned])
+        run([*ranks, HERE / "rl_tune.py", *flags("rl_tune", "rl.yaml"), *source, "--run_dir", rl_tuned])
         run([*ranks, *PTRL, "score", "--checkpoint", rl_tuned, "--data", midtraining, "--output", sidecar])
 
         runs = {method: [self.work / f"{method}-{seed + 1}" for seed in range(self.seeds)] for method in self.methods}
@@ -70,39 +66,15 @@ class Flywheel:
             weighting: Words = ["--remit.weighting", WEIGHTINGS[method]]
             weighting += ["--remit.sidecar", sidecar] if method != "vanilla" else []
             for seed, run_dir in enumerate(run_dirs, start=1):
-                words = [*self.flags("midtrain", "midtrain.yaml"), *source, *weighting, "--train.seed", seed]
+                words = [*flags("midtrain", "midtrain.yaml"), *source, *weighting, "--train.seed", seed]
                 commands.append([*PTRL, "pretrain", *words, "--run_dir", run_dir])
         run_side_by_side(commands)
 
         named = {"pre-trained": [pretrained], "RL-tuned": [rl_tuned], **runs}
         words = [f"{name}={','.join(map(str, run_dirs))}" for name, run_dirs in named.items()]
         words += ["--problems", data / "held_out.jsonl", "--prose", data / "held_out_prose.jsonl"]
-        run([HERE / "compare.py", *words, *self.flags("compare"), "--output", self.work / "table.md"])
+        run([HERE / "compare.py", *words, *flags("compare"), "--output", self.work / "table.md"])
         run([*PTRL, "report", *(run_dirs[0] for run_dirs in runs.values()), "--output", self.work / "report"])
-
-    def flags(self, stage: str, config: str | None = None) -> Words:
-        """The stage's YAML file and, for a small run, what shortens it."""
-        file: Words = ["--config", HERE / "configs" / config] if config else []
-        return [*file, *(SMALL[stage] if self.small else [])]
-
-
-def run(words: Words, *, quietly: bool = False) -> None:
-    """Print a Python command, run it on one thread a process, and end with its exit code when it fails."""
-    command = [str(word) for word in (sys.executable, *words)]
-    print("$", " ".join(command), flush=True)
-    start = time.perf_counter()
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
-    done = subprocess.run(command, env=environment, capture_output=quietly, text=True)
-    if done.returncode:
-        print(done.stdout or "", done.stderr or "", sep="\n", flush=True)
-        sys.exit(done.returncode)
-    print(f"  {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def run_side_by_side(commands: list[Words]) -> None:
-    """`run`, a process for each core; what they print is in log.txt of their run directories."""
-    with ThreadPoolExecutor(CORES) as pool:
-        list(pool.map(lambda words: run(words, quietly=True), commands))
 
 
 def main() -> None:
@@ -113,9 +85,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=WEIGHTINGS, default=list(WEIGHTINGS))
     parser.add_argument("--small", action="store_true", help="a minute instead of minutes, and nothing is learnt")
     arguments = parser.parse_args()
-    start = time.perf_counter()
-    Flywheel(arguments.work_dir, arguments.seeds, arguments.methods, arguments.small).run()
-    print(f"\nall stages: {time.perf_counter() - start:.0f} s", flush=True)
+    stages = Stages(HERE / "configs", SMALL if arguments.small else None)
+    with timed():
+        Flywheel(arguments.work_dir, arguments.seeds, arguments.methods, stages).run()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ goes on from where the first one came to, so it ends at once; delete the work di
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
+
+from commands import CORES, PTRL, RANKS, Words, run
 
 HERE = Path(__file__).parent
 
@@ -27,28 +30,16 @@ def main() -> None:
     corpus, prefix = work / "stdlib.jsonl", work / "stdlib"
 
     if not corpus.exists():
-        run([sys.executable, HERE / "collect_stdlib.py", corpus, "--megabytes", arguments.megabytes])
+        run([HERE / "collect_stdlib.py", corpus, "--megabytes", arguments.megabytes])
     if not prefix.with_suffix(".idx").exists():
-        tokenize = [sys.executable, "-m", "megatron_ptrl", "tokenize"]
-        run([*tokenize, "--input", corpus, "--output", prefix, "--vocab_size", 4096])
-    pretrain = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    pretrain += ["-m", "megatron_ptrl", "pretrain", "--config", HERE / "config.yaml"]
+        run([*PTRL, "tokenize", "--input", corpus, "--output", prefix, "--vocab_size", 4096])
+    pretrain: Words = [*RANKS, *PTRL, "pretrain", "--config", HERE / "config.yaml"]
     pretrain += ["--data.train", prefix, "--run_dir", work / "run"]
     if arguments.steps:
         shape = {"warmup_steps": arguments.steps // 15, "decay_steps": max(1, arguments.steps // 5)}
         pretrain += ["--train.steps", arguments.steps]
         pretrain += [word for name, steps in shape.items() for word in (f"--optimizer.{name}", steps)]
-    run(pretrain)
-
-
-def run(command: list[object]) -> None:
-    """Print a command, run it, and end with its exit code when it fails."""
-    words = [str(word) for word in command]
-    print("$", " ".join(words), flush=True)
-    threads = str(max(1, (os.cpu_count() or 2) // 2))  # two processes share the cores
-    code = subprocess.run(words, env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
-    if code:
-        sys.exit(code)
+    run(pretrain, threads=max(1, (os.cpu_count() or 2) // CORES))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,16 @@ reinforce. Every third answer to a prompt of task asr goes on for the sentence b
 """
 
 import argparse
-import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
+
 from stories import find_story, steps, think
+from toy_data import write_lines
 
 from megatron_ptrl.records import Prompt
 from megatron_ptrl.rollout.gate import CLOSE_TAG, OPEN_TAG
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("prompts", type=Path, nargs="+")
     arguments = parser.parse_args()
     found = conversations(arguments.prompts)
-    arguments.output.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
+    write_lines(arguments.output, found)
     print(f"{arguments.output}: {len(found)} conversations")
 
 

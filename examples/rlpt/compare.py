@@ -22,10 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
+
 import matplotlib
 
 matplotlib.use("Agg")
 import numpy  # noqa: E402
+from comparison import named_runs, table  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 
 from megatron_ptrl.config import JudgeConfig, LexicalConfig  # noqa: E402
@@ -66,21 +69,6 @@ async def strictly(samples: Sequence[dict[str, Any]]) -> float:
     """The share of the predictions of next sentences that are that sentence, whole."""
     judge = LexicalJudge(JudgeConfig(reward="strict", lexical=LexicalConfig(threshold=97)))
     return statistics.mean([await judge.score(s["prediction"], s["target"]) for s in samples if s["task"] == "asr"])
-
-
-def table(measured: Measured) -> str:
-    """Markdown, a row a name."""
-    lines = [f"| | seeds | {' | '.join(COLUMNS)} |", f"|---|---:|{'---:|' * len(COLUMNS)}"]
-    for name, runs in measured.items():
-        cells = [spread([run[column] for run in runs], form) for column, form in COLUMNS.items()]
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """`mean +- standard deviation`."""
-    mean = form.format(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
 def curves(runs: Sequence[Path], metric: str) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -138,15 +126,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN[,RUN...]")
     parser.add_argument("--output", type=Path, required=True, help="folder for table.md and comparison.png")
     arguments = parser.parse_args()
-    named = {
-        name: [Path(run) for run in runs.split(",")] for name, _, runs in (w.partition("=") for w in arguments.runs)
-    }
+    named = named_runs(arguments.runs)
     try:
         measured = {name: [measure(run) for run in runs] for name, runs in named.items()}
         draw(named, measured, arguments.output / "comparison.png")
     except (InputError, OSError) as error:
         sys.exit(f"compare.py: {error}")
-    text = table(measured)
+    text = table(measured, COLUMNS)
     print(text)
     (arguments.output / "table.md").write_text(text + "\n", encoding="utf-8")
 

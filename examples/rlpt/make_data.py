@@ -8,14 +8,17 @@ tokenizer.json              byte-level BPE
 """
 
 import argparse
-import json
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
+
 from chats import answer
 from stories import Story, draw_story, think
+from toy_data import write_lines
 
 from megatron_ptrl.data.chat import PlainTemplate
 from megatron_ptrl.data.tokenizer import train_tokenizer
@@ -65,13 +68,6 @@ def tokenizer_texts() -> Iterator[str]:
         yield template.render(messages, ask=True)
 
 
-def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line."""
-    with path.open("w", encoding="utf-8") as stream:
-        for line in lines:
-            stream.write(json.dumps(line) + "\n")
-
-
 def main() -> None:
     """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,13 +78,14 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "pretrain.jsonl", pretraining(arguments.pretrain))
+    write_lines(folder / "pretrain.jsonl", pretraining(arguments.pretrain))
     for seed, name in enumerate(SETS, start=2):
         rng = random.Random(seed)
         stories = [draw_story(rng, held_out=name == "held_out") for _ in range(getattr(arguments, name))]
-        write(folder / f"{name}.jsonl", ({"id": f"{i:06}", "text": story.text} for i, story in enumerate(stories)))
+        texts = ({"id": f"{number:06}", "text": story.text} for number, story in enumerate(stories))
+        write_lines(folder / f"{name}.jsonl", texts)
         (folder / name).mkdir(exist_ok=True)
-        write(folder / name / "questions.jsonl", questions(stories))
+        write_lines(folder / name / "questions.jsonl", questions(stories))
     train_tokenizer(tokenizer_texts(), folder / "tokenizer.json", VOCAB_SIZE)
     print(f"{folder}: {arguments.pretrain:,} stories, {arguments.held_out} more that nothing is trained on")
 

@@ -16,25 +16,21 @@ stage works: its models learn nothing.
 """
 
 import argparse
-import os
-import resource
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
-PTRL = ("-m", "megatron_ptrl")
-CORES = 2
-NAMES = {"rlpt": "RLPT", "strict": "RLPT, strict reward", "rlvr": "RLVR", "rlpt-rlvr": "RLPT + RLVR"}
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
 
-Words = list[object]
+from commands import PTRL, Stages, Words, run, run_side_by_side, timed
+
+HERE = Path(__file__).parent
+NAMES = {"rlpt": "RLPT", "strict": "RLPT, strict reward", "rlvr": "RLVR", "rlpt-rlvr": "RLPT + RLVR"}
 
 SMALL: dict[str, Words] = {
     "make_data": ["--pretrain", 100, "--cold_start", 8, "--rl", 8, "--held_out", 2],
     "pretrain": ["--train.steps", 4, "--optimizer.warmup_steps", 1],
+    "segment": [],
     "sft": ["--train.steps", 2, "--optimizer.warmup_steps", 1],
     "rl": [
         *("--train.steps", 5, "--optimizer.warmup_steps", 1),
@@ -48,18 +44,19 @@ SMALL: dict[str, Words] = {
 
 @dataclass(frozen=True)
 class Example:
-    """Everything lies in `work`; `small` shortens the stages by the flags of `SMALL`, on one rank."""
+    """Everything lies in `work`."""
 
     work: Path
     seeds: int
     methods: list[str]
-    small: bool
+    stages: Stages
 
     def run(self) -> None:
         """All stages, one after the other."""
+        flags, ranks = self.stages.flags, self.stages.ranks
         data, tokenizer = self.work / "data", self.work / "data" / "tokenizer.json"
         if not tokenizer.exists():
-            run([HERE / "make_data.py", data, *self.flags("make_data")])
+            run([HERE / "make_data.py", data, *flags("make_data")])
         if not (data / "pretrain.idx").exists():
             source: Words = ["--input", data / "pretrain.jsonl", "--tokenizer", tokenizer]
             run([*PTRL, "tokenize", *source, "--output", data / "pretrain"])
@@ -69,14 +66,13 @@ class Example:
             prompts[name] = [segmented / "asr.jsonl", segmented / "msr.jsonl", data / name / "questions.jsonl"]
         run_side_by_side([self.segment(data, name) for name in prompts])
 
-        ranks: Words = [] if self.small else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", CORES]
         pretrained, cold = self.work / "pretrained", self.work / "cold_start_run"
         source = ["--data.train", data / "pretrain"]
-        run([*ranks, *PTRL, "pretrain", *self.flags("pretrain", "pretrain.yaml"), *source, "--run_dir", pretrained])
+        run([*ranks, *PTRL, "pretrain", *flags("pretrain", "pretrain.yaml"), *source, "--run_dir", pretrained])
         chats = self.work / "chats.jsonl"
         run([HERE / "chats.py", chats, *prompts["cold_start"]])
         source = ["--data.tokenizer", tokenizer, "--checkpoint.load", pretrained, "--data.train", chats]
-        run([*ranks, *PTRL, "sft", *self.flags("sft", "sft.yaml"), *source, "--run_dir", cold])
+        run([*ranks, *PTRL, "sft", *flags("sft", "sft.yaml"), *source, "--run_dir", cold])
 
         asr, msr, questions = prompts["rl"]
         segments: Words = ["--prompts.files", f"[0.5,{asr},0.5,{msr}]"]
@@ -84,7 +80,7 @@ class Example:
         strict: Words = [*segments, "--judge.reward", "strict"]
         files = {"rlpt": segments, "strict": strict, "rlvr": problems, "rlpt-rlvr": problems}
         runs = {name: [self.work / f"{name}-{seed + 1}" for seed in range(self.seeds)] for name in self.methods}
-        common: Words = [*PTRL, "rl", *self.flags("rl", "rl.yaml"), "--data.tokenizer", tokenizer]
+        common: Words = [*PTRL, "rl", *flags("rl", "rl.yaml"), "--data.tokenizer", tokenizer]
         first: list[Words] = []
         then: list[Words] = []
         for name, run_dirs in runs.items():
@@ -97,13 +93,13 @@ class Example:
         run_side_by_side(then)
 
         every = [cold, *(run_dir for run_dirs in runs.values() for run_dir in run_dirs)]
-        common = [*PTRL, "evaluate", *self.flags("evaluate", "evaluate.yaml"), "--tokenizer", tokenizer]
+        common = [*PTRL, "evaluate", *flags("evaluate", "evaluate.yaml"), "--tokenizer", tokenizer]
         common += ["--prompts", f"[{','.join(map(str, prompts['held_out']))}]"]
         run_side_by_side([[*common, "--checkpoint", run_dir, "--output", run_dir / "held_out"] for run_dir in every])
 
         named = [f"{NAMES[name]}={','.join(map(str, run_dirs))}" for name, run_dirs in runs.items()]
         run([HERE / "compare.py", f"cold start={cold}", *named, "--output", self.work])
-        words = ["--scaling", "[reward]", "--output", self.work / "report", *self.flags("report")]
+        words = ["--scaling", "[reward]", "--output", self.work / "report", *flags("report")]
         run([*PTRL, "report", *(run_dirs[0] for run_dirs in runs.values()), *words])
         print(f"{self.work / 'comparison.png'} and {self.work / 'report'} show it")
 
@@ -112,31 +108,7 @@ class Example:
         words: Words = ["--input", data / f"{name}.jsonl", "--output", self.work / "prompts" / name]
         for task in ("asr", "msr"):
             words += [f"--task.{task}_prompt", HERE / "prompts" / f"{task}.txt"]
-        return [*PTRL, "segment", *self.flags("segment", "segment.yaml"), *words]
-
-    def flags(self, stage: str, config: str | None = None) -> Words:
-        """The stage's YAML file and, for a small run, what shortens it."""
-        file: Words = ["--config", HERE / "configs" / config] if config else []
-        return [*file, *(SMALL.get(stage, []) if self.small else [])]
-
-
-def run(words: Words, *, quietly: bool = False) -> None:
-    """Print a Python command, run it on one thread a process, and end with its exit code when it fails."""
-    command = [str(word) for word in (sys.executable, *words)]
-    print("$", " ".join(command), flush=True)
-    start = time.perf_counter()
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
-    done = subprocess.run(command, env=environment, capture_output=quietly, text=True)
-    if done.returncode:
-        print(done.stdout or "", done.stderr or "", sep="\n", flush=True)
-        sys.exit(done.returncode)
-    print(f"  {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def run_side_by_side(commands: list[Words]) -> None:
-    """`run`, a process for each core; what they print is in log.txt of their run directories."""
-    with ThreadPoolExecutor(CORES) as pool:
-        list(pool.map(lambda words: run(words, quietly=True), commands))
+        return [*PTRL, "segment", *self.stages.flags("segment", "segment.yaml"), *words]
 
 
 def main() -> None:
@@ -149,11 +121,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if "rlpt-rlvr" in arguments.methods and "rlpt" not in arguments.methods:
         parser.error("rlpt-rlvr goes on from rlpt; name both")
-    start = time.perf_counter()
-    Example(arguments.work_dir, arguments.seeds, arguments.methods, arguments.small).run()
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    processor = used.ru_utime + used.ru_stime
-    print(f"\nall stages: {time.perf_counter() - start:.0f} s, {processor:.0f} s of processor time", flush=True)
+    stages = Stages(HERE / "configs", SMALL if arguments.small else None)
+    with timed():
+        Example(arguments.work_dir, arguments.seeds, arguments.methods, stages).run()
 
 
 if __name__ == "__main__":

@@ -23,10 +23,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
+
 import matplotlib
 
 matplotlib.use("Agg")
 import torch  # noqa: E402
+from comparison import named_runs, table  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 from sums import Sum, is_right  # noqa: E402
 
@@ -89,15 +92,6 @@ def cross_entropy(generator: EmbeddedGenerator, sums: Sequence[Sum]) -> tuple[fl
     return statistics.mean(everywhere), statistics.mean(in_totals)
 
 
-def table(measured: Measured) -> str:
-    """Markdown, a row a name."""
-    lines = [f"| | seeds | {' | '.join(COLUMNS)} |", f"|---|---:|{'---:|' * len(COLUMNS)}"]
-    for name, runs in measured.items():
-        cells = [spread([run[column] for run in runs], form) for column, form in COLUMNS.items()]
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def by_run(measured: Measured) -> str:
     """What the means hide: the share that each run of a name has right."""
     lines = []
@@ -106,12 +100,6 @@ def by_run(measured: Measured) -> str:
             shares = ", ".join(COLUMNS[column].format(run[column]) for run in runs)
             lines.append(f"{name}, right {column}, run by run: {shares}")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """`mean +- standard deviation`."""
-    mean = form.format(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
 def draw(measured: Measured, path: Path) -> None:
@@ -139,14 +127,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for table.md and comparison.png")
     arguments = parser.parse_args()
     sums = [Sum(**json.loads(line)) for line in arguments.sums.read_text(encoding="utf-8").splitlines()]
-    measured: Measured = {}
     try:
-        for word in arguments.runs:
-            name, _, runs = word.partition("=")
-            measured[name] = [asyncio.run(measure(Path(run), sums)) for run in runs.split(",")]
+        measured = {
+            name: [asyncio.run(measure(run, sums)) for run in runs] for name, runs in named_runs(arguments.runs).items()
+        }
     except InputError as error:
         sys.exit(f"compare.py: {error}")
-    text = f"{table(measured)}\n\n{by_run(measured)}"
+    text = f"{table(measured, COLUMNS)}\n\n{by_run(measured)}"
     print(text)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "table.md").write_text(text + "\n", encoding="utf-8")

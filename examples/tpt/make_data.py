@@ -9,16 +9,17 @@ tokenizer.json    byte-level BPE in which every digit is a token of its own
 
 import argparse
 import dataclasses
-import json
 import random
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from sums import draw_sum, think
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
 
-EOD = "<|endoftext|>"
+from sums import draw_sum, think
+from toy_data import train_digit_tokenizer, write_lines
+
 VOCAB_SIZE = 512
 
 
@@ -31,29 +32,11 @@ def documents(count: int, seed: int) -> Iterable[dict[str, Any]]:
         yield {"id": f"{number:06}", "text": text, "kind": "stated" if stated else "open"}
 
 
-def train_tokenizer(path: Path) -> None:
-    """A BPE over documents and thinking. Whole numbers as tokens would hide the digits that the steps work with."""
-    split = tokenizers.pre_tokenizers
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[EOD],
-        initial_alphabet=split.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+def tokenizer_texts() -> Iterable[str]:
+    """Documents with their thinking."""
     rng = random.Random(0)
-    texts = (line["text"] for line in documents(3000, seed=0))
-    bpe.train_from_iterator((f"{text}\n\n<think>{think(text, rng)}</think>" for text in texts), trainer)
-    bpe.save(str(path))
-
-
-def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line."""
-    with path.open("w", encoding="utf-8") as stream:
-        for line in lines:
-            stream.write(json.dumps(line) + "\n")
+    for line in documents(3000, seed=0):
+        yield f"{line['text']}\n\n<think>{think(line['text'], rng)}</think>"
 
 
 def main() -> None:
@@ -65,11 +48,11 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "documents.jsonl", documents(arguments.documents, seed=1))
+    write_lines(folder / "documents.jsonl", documents(arguments.documents, seed=1))
     held_out = random.Random(2)
     sums = (dataclasses.asdict(draw_sum(held_out, held_out=True)) for _ in range(arguments.held_out))
-    write(folder / "held_out.jsonl", sums)
-    train_tokenizer(folder / "tokenizer.json")
+    write_lines(folder / "held_out.jsonl", sums)
+    train_digit_tokenizer(tokenizer_texts(), folder / "tokenizer.json", VOCAB_SIZE)
     print(f"{folder}: {arguments.documents:,} documents, {arguments.held_out} held-out sums")
 
 

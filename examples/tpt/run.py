@@ -13,21 +13,18 @@ delete the work directory to start over. `--small` only shows that every stage w
 import argparse
 import contextlib
 import json
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
-PTRL = ("-m", "megatron_ptrl")
-CORES = 2
-SEQUENCE, BATCH = 256, 4
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the examples keep what they share
 
-Words = list[object]
+from commands import CORES, PTRL, Stages, Words, run, run_side_by_side, timed
+
+HERE = Path(__file__).parent
+SEQUENCE, BATCH = 256, 4
 
 SMALL: dict[str, Words] = {
     "make_data": ["--held_out", 6],
@@ -37,19 +34,20 @@ SMALL: dict[str, Words] = {
 
 @dataclass(frozen=True)
 class Example:
-    """Everything lies in `work`; `small` shortens the stages by the flags of `SMALL`."""
+    """Everything lies in `work`."""
 
     work: Path
     documents: int
     seeds: int
-    small: bool
+    stages: Stages
 
     def run(self) -> None:
         """All stages, one after the other."""
+        flags = self.stages.flags
         data, tokenizer = self.work / "data", self.work / "data" / "tokenizer.json"
         documents, thought = data / "documents", data / "thought"
         if not tokenizer.exists():
-            run([HERE / "make_data.py", data, "--documents", self.documents, *self.flags("make_data")])
+            run([HERE / "make_data.py", data, "--documents", self.documents, *flags("make_data")])
         with documents.with_suffix(".jsonl").open(encoding="utf-8") as lines:
             found = sum(1 for _ in lines)
         if found != self.documents:
@@ -71,18 +69,13 @@ class Example:
         commands: list[Words] = []
         for name, run_dirs in runs.items():
             for seed, run_dir in enumerate(run_dirs, start=1):
-                words = [*self.flags("pretrain", "pretrain.yaml"), "--data.train", prefixes[name], "--train.seed", seed]
+                words = [*flags("pretrain", "pretrain.yaml"), "--data.train", prefixes[name], "--train.seed", seed]
                 commands.append([*PTRL, "pretrain", *words, "--train.steps", steps, "--run_dir", run_dir])
         run_side_by_side(commands)
 
         named = [f"{name}={','.join(map(str, run_dirs))}" for name, run_dirs in runs.items()]
         run([HERE / "compare.py", *named, "--sums", data / "held_out.jsonl", "--output", self.work])
         print(f"{self.work / 'comparison.png'} shows it")
-
-    def flags(self, stage: str, config: str | None = None) -> Words:
-        """The stage's YAML file and, for a small run, what shortens it."""
-        file: Words = ["--config", HERE / "configs" / config] if config else []
-        return [*file, *(SMALL[stage] if self.small else [])]
 
 
 def count_tokens(prefix: Path) -> int:
@@ -102,25 +95,6 @@ def think_server() -> Iterator[str]:
         server.wait()
 
 
-def run(words: Words, *, quietly: bool = False) -> None:
-    """Print a Python command, run it on one thread a process, and end with its exit code when it fails."""
-    command = [str(word) for word in (sys.executable, *words)]
-    print("$", " ".join(command), flush=True)
-    start = time.perf_counter()
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
-    done = subprocess.run(command, env=environment, capture_output=quietly, text=True)
-    if done.returncode:
-        print(done.stdout or "", done.stderr or "", sep="\n", flush=True)
-        sys.exit(done.returncode)
-    print(f"  {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def run_side_by_side(commands: list[Words]) -> None:
-    """`run`, a process for each core; what they print is in log.txt of their run directories."""
-    with ThreadPoolExecutor(CORES) as pool:
-        list(pool.map(lambda words: run(words, quietly=True), commands))
-
-
 def main() -> None:
     """Parse the command line and run everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,10 +103,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     parser.add_argument("--small", action="store_true", help="a minute instead of minutes, and nothing is learnt")
     arguments = parser.parse_args()
-    start = time.perf_counter()
+    stages = Stages(HERE / "configs", SMALL if arguments.small else None)
     documents = arguments.documents or (60 if arguments.small else 12_000)
-    Example(arguments.work_dir, documents, arguments.seeds, arguments.small).run()
-    print(f"\nall stages: {time.perf_counter() - start:.0f} s", flush=True)
+    with timed():
+        Example(arguments.work_dir, documents, arguments.seeds, stages).run()
 
 
 if __name__ == "__main__":
