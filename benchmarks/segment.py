@@ -100,7 +100,8 @@ def steps(texts: list[str], folder: Path) -> dict[str, Callable[[], object]]:
         "rules": lambda: [broken_rule(text, CleanConfig()) for text in texts],
         "masks": lambda: [mask(text) for text in texts],
         "prompts": lambda: [
-            list(maker.make("document", text, places, 0, {})[0]) for text, places in zip(texts, cuts, strict=True)
+            list(map(list, maker.make("document", text, places, 0, {}).lines.values()))
+            for text, places in zip(texts, cuts, strict=True)
         ],
     }
     try:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_ptrl.config import TaskConfig
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.records import Prompt
-from megatron_ptrl.segmenting.prompts import Line, PromptMaker, Skipped, fill, load_template
+from megatron_ptrl.segmenting.prompts import PromptMaker, fill, load_template
 
 SEGMENTS = [
     "The farmer had three old sheep. ",
@@ -24,10 +24,10 @@ SEGMENTS = [
 
 def make(segments=SEGMENTS, seed=0, **changed):
     places = [0, *itertools.accumulate(map(len, segments))]
-    made, counts = PromptMaker(TaskConfig(**changed)).make("doc", "".join(segments), places, seed, {"where": "a:1"})
-    made = list(made)
-    prompts = [Prompt.from_json(one.line, "") for one in made if isinstance(one, Line)]
-    return prompts, [one for one in made if isinstance(one, Skipped)], counts
+    made = PromptMaker(TaskConfig(**changed)).make("doc", "".join(segments), places, seed, {"where": "a:1"})
+    prompts = {task: [Prompt.from_json(line, "") for line in lines] for task, lines in made.lines.items()}
+    assert made.prompts == {task: len(those) for task, those in prompts.items()}
+    return [prompt for those in prompts.values() for prompt in those], made.skipped, made.segments
 
 
 def test_the_papers_prompts():
@@ -89,14 +89,14 @@ def test_a_line_is_what_json_makes_of_the_prompt(pieces, document):
     text = "It begins here. " + "".join(pieces) + "And ends."
     places = [0, 16, *(i for i in range(20, len(text) - 9, 7) if text[i - 7 : i].strip()), len(text)]
     places = [place for i, place in enumerate(places) if not i or text[places[i - 1] : place].strip()]
-    made, _ = PromptMaker(TaskConfig(min_words=1)).make(document, text, places, 0, {"where": 'x"y:1', "n": 1})
-    lines = [one.line for one in made if isinstance(one, Line)]
+    made = PromptMaker(TaskConfig(min_words=1)).make(document, text, places, 0, {"where": 'x"y:1', "n": 1})
+    lines = [line for those in made.lines.values() for line in those]
     assert lines
     for line in lines:
         prompt = Prompt.from_json(line, "")
         i, last = prompt.metadata["segment"] - 1, len(places) - 2
         assert prompt.target == text[places[i] : places[i + 1]].strip() and prompt.metadata["document"] == document
-        assert prompt.to_line() == line or "\ud800" in document
+        assert prompt.to_line() + b"\n" == line or "\ud800" in document
         shown = text[: places[i]].strip()
         if prompt.task == "asr":
             assert prompt.reference == text[places[i] : places[min(i + 4, last + 1)]].strip()
@@ -187,6 +187,14 @@ def test_what_gives_no_prompt(segments, expected):
     prompts, skipped, _ = make(segments)
     assert [(s.task, s.reason) for s in skipped] == expected
     assert {p.task for p in prompts} == {"asr", "msr"} - {task for task, _ in expected}
+
+
+def test_a_prompt_of_ones_own_is_text(tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text('100 % "sure" {target}, %b:\n{context}\nOnce more, %(context)b: {context}')
+    prompts, _, _ = make(asr_prompt=str(own), tasks=["asr"])
+    expected = fill(own.read_text(), context=SEGMENTS[0].strip())
+    assert prompts[0].messages[0]["content"] == expected and prompts[0].target == SEGMENTS[1].strip()
 
 
 def test_bad_settings(tmp_path):

@@ -12,8 +12,9 @@ EMAIL, IP = "email@example.com", "22.214.171.124"
 # Longer than any address (RFC 5321: 64 before the sign, 255 behind it).
 _REACH = 320
 
-# Part of all that datatrove's expression finds, which begins with a choice and is slow at saying no.
-_MAYBE_IP = re.compile(r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")
+# Part of all that datatrove's expression finds, which begins with a choice and is slow at saying no. It begins with a
+# character of its own, which is looked for fastest.
+_MAYBE_IP = re.compile(r"\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")
 
 _formatter = PIIFormatter(email_replacement=EMAIL, ip_replacement=IP)
 

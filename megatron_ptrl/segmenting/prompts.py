@@ -12,11 +12,11 @@ import json
 import random
 import re
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_ptrl.config import TaskConfig
 from megatron_ptrl.errors import InputError
@@ -31,7 +31,9 @@ TAGS = ("<|startofprediction|>", "<|endofprediction|>", "<MASK>")
 # Fewer segments than these give a task nothing to predict from.
 SEGMENTS_NEEDED = {"asr": 2, "msr": 3}
 
-_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+_LINES = json.JSONEncoder(ensure_ascii=False, separators=("\n", ":"))
+
+_Target = tuple[int, int | None]
 
 TokenCounts = Callable[[str, list[int]], list[int]]
 """(text, places of a cut) -> how many tokens there are before each place."""
@@ -98,11 +100,18 @@ class Skipped:
     detail: str
 
 
-class Line(NamedTuple):
-    """A prompt as `records.Prompt.to_line` writes it."""
+@dataclass(frozen=True)
+class Made:
+    """What a document gives."""
 
-    task: str
-    line: bytes
+    lines: dict[str, Iterator[bytes]]
+    """By task: prompts as `records.Prompt.to_line` writes them, each with its line end; made when they are asked for,
+    as they are many times as long as the document."""
+    prompts: dict[str, int]
+    """By task: how many these are."""
+    skipped: list[Skipped]
+    segments: dict[str, int]
+    """How many there are, and how many of them are too short or too long for a target."""
 
 
 class PromptMaker:
@@ -111,84 +120,87 @@ class PromptMaker:
     def __init__(self, config: TaskConfig) -> None:
         self._config = config
         self._count_tokens = make_token_counts(config.tokenizer)
-        self._templates = {
-            "asr": _quoted_template("asr", config.asr_prompt),
-            "msr": _quoted_template("msr", config.msr_prompt),
+        self._lines = {
+            "asr": _line_template("asr", load_template("asr", config.asr_prompt)),
+            "msr": _line_template("msr", load_template("msr", config.msr_prompt)),
         }
 
-    def make(
-        self, document: str, text: str, places: list[int], seed: int, metadata: dict[str, Any]
-    ) -> tuple[Iterator[Line | Skipped], Counter[str]]:
-        """(prompts and what there is none for, counts of the segments and of those that are no targets).
+    def make(self, document: str, text: str, places: list[int], seed: int, metadata: dict[str, Any]) -> Made:
+        """The prompts of one document.
 
         document: its id      places: of the cut      seed: of the targets drawn, where not all are taken
         """
         config = self._config
         sizes = count_words(text, places)
-        counts = Counter(segments=len(sizes), too_short=sum(size < config.min_words for size in sizes))
-        counts["too_long"] = sum(size > config.max_words for size in sizes)
-        return self._made(document, text, places, sizes, seed, metadata), counts
-
-    def _made(
-        self, document: str, text: str, places: list[int], sizes: list[int], seed: int, metadata: dict[str, Any]
-    ) -> Iterator[Line | Skipped]:
-        config, count = self._config, len(sizes)
+        segments = {
+            "segments": len(sizes),
+            "too_short": sum(map(config.min_words.__gt__, sizes)),
+            "too_long": sum(map(config.max_words.__lt__, sizes)),
+        }
+        made = Made({}, {}, [], segments)
         before: list[int] = []
         quoted: _Quoted | None = None
         for task in config.tasks:
-            if count < SEGMENTS_NEEDED[task]:
-                yield Skipped(task, "too_few_segments", f"{count} segments; {task} needs {SEGMENTS_NEEDED[task]}")
-                continue
-            targets = self._targets(task, sizes)
-            if not targets:
-                detail = f"none of {count} segments has {config.min_words} to {config.max_words} words where it must"
-                yield Skipped(task, "no_target", detail)
-                continue
-            before = before or self._count_tokens(text, places)
-            quoted = quoted or _Quoted(document, text, places, metadata)
-            for i, shown in _drawn(targets, config.targets_per_document, f"{seed} {task}"):
-                begin = self._begin(before, i, shown)
-                if begin == i:
-                    detail = f"segment {i + 1}: what is beside it has more than {config.context_tokens} tokens"
-                    yield Skipped(task, "context_too_long", detail)
-                    continue
-                yield Line(task, self._line(task, quoted, begin, i, shown))
+            targets = self._targets(task, sizes, made.skipped)
+            if targets:
+                before = before or self._count_tokens(text, places)
+                chosen = _drawn(targets, config.targets_per_document, f"{seed} {task}")
+                shown = self._shown(task, chosen, before, made.skipped)
+                quoted = quoted or _Quoted(document, text, places, metadata)
+                made.prompts[task] = len(shown)
+                made.lines[task] = self._lines_of(task, shown, quoted)
+        return made
 
-    def _targets(self, task: str, sizes: Sequence[int]) -> list[tuple[int, int | None]]:
-        """(segment, the one that is shown behind it), from 0; None where none is."""
-        least, most = self._config.min_words, self._config.max_words
-        found: list[tuple[int, int | None]] = []
+    def _targets(self, task: str, sizes: Sequence[int], skipped: list[Skipped]) -> list[_Target]:
+        """(segment, the one that is shown behind it), from 0; None where none is. Adds why there are none."""
+        least, most, count = self._config.min_words, self._config.max_words, len(sizes)
+        if count < SEGMENTS_NEEDED[task]:
+            detail = f"{count} segments; {task} needs {SEGMENTS_NEEDED[task]}"
+            skipped.append(Skipped(task, "too_few_segments", detail))
+            return []
+        found: list[_Target] = []
         shown: int | None = None
-        for i in range(len(sizes) - 1, 0, -1):
+        for i in range(count - 1, 0, -1):
             if least <= sizes[i] <= most and (task == "asr" or shown is not None):
                 found.append((i, None if task == "asr" else shown))
             if sizes[i] >= least:
                 shown = i
+        if not found:
+            detail = f"none of {count} segments has {least} to {most} words where it must"
+            skipped.append(Skipped(task, "no_target", detail))
         return found[::-1]
 
-    def _begin(self, before: Sequence[int], i: int, shown: int | None) -> int:
-        """The first segment of the context of segment `i`; `i` itself where there is room for none."""
-        room = self._config.context_tokens - (0 if shown is None else before[shown + 1] - before[shown])
-        return min(bisect_left(before, before[i] - room), i) if room > 0 else i
+    def _shown(
+        self, task: str, targets: list[_Target], before: Sequence[int], skipped: list[Skipped]
+    ) -> list[tuple[int, int, int | None]]:
+        """(the first segment of the context, target, what is shown behind it); adds those without room for any."""
+        most = self._config.context_tokens
+        found = []
+        for i, shown in targets:
+            room = most if shown is None else most - (before[shown + 1] - before[shown])
+            begin = bisect_left(before, before[i] - room) if room > 0 else i
+            if begin < i:
+                found.append((begin, i, shown))
+            else:
+                detail = f"segment {i + 1}: what is beside it has more than {most} tokens"
+                skipped.append(Skipped(task, "context_too_long", detail))
+        return found
 
-    def _line(self, task: str, quoted: "_Quoted", begin: int, i: int, shown: int | None) -> bytes:
-        context, target = quoted.slice_of(begin, i), quoted.slice_of(i, i + 1)
-        if shown is None:
-            values = {"context": context}
-            reference = quoted.slice_of(i, i + self._config.reference_segments)
-        else:
-            values = {"prompt": context, "next_step": quoted.slice_of(shown, shown + 1)}
-            reference = quoted.slice_of(i, shown)
-        number, name = b"%d" % (i + 1), task.encode()
-        return b"".join(
-            (
-                *(b'{"id": "', quoted.document, b"#", number, b"/", name, b'", "task": "', name),
-                b'", "messages": [{"role": "user", "content": "',
-                *(values[part] if isinstance(part, str) else part for part in self._templates[task]),
-                *(b'"}], "target": "', target, b'", "reference": "', reference),
-                *(b'", "metadata": {"document": "', quoted.document, b'", "segment": ', number, quoted.metadata),
-            )
-        )
+    def _lines_of(self, task: str, shown: list[tuple[int, int, int | None]], quoted: "_Quoted") -> Iterator[bytes]:
+        text, begins, ends = quoted.text, quoted.begins, quoted.ends
+        line, values_of = self._lines[task]
+        values = {"document": quoted.document, "metadata": quoted.metadata}
+        for begin, i, next_step in shown:
+            if next_step is None:
+                behind = min(i + self._config.reference_segments, len(ends))
+            else:
+                behind = next_step
+                values["next_step"] = text[begins[next_step] : ends[next_step]]
+            values["context"] = values["prompt"] = text[begins[begin] : ends[i - 1]]
+            values["number"] = b"%d" % (i + 1)
+            values["target"] = text[begins[i] : ends[i]]
+            values["reference"] = text[begins[i] : ends[behind - 1]]
+            yield line % values_of(values)
 
 
 class _Quoted:
@@ -197,44 +209,51 @@ class _Quoted:
     def __init__(self, document: str, text: str, places: list[int], metadata: dict[str, Any]) -> None:
         self.document = _quote(document)
         others = b", " + to_line(metadata)[1:-1] if metadata else b""
-        self.metadata = b', "segments": %d%s}}' % (len(places) - 1, others)
-        # Of each segment, without the white space around it.
-        self._begins: list[int] = []
-        self._ends: list[int] = []
-        pieces: list[bytes] = []
-        size = 0
+        self.metadata = b', "segments": %d%s' % (len(places) - 1, others)
+        # In turn what stands between segments and a segment without the white space around it.
+        pieces: list[str] = []
+        done = 0
         for begin, end in itertools.pairwise(places):
-            segment = text[begin:end]
-            before, inner, behind = map(_quote, segment.partition(segment.strip()))
-            self._begins.append(size + len(before))
-            self._ends.append(self._begins[-1] + len(inner))
-            size = self._ends[-1] + len(behind)
-            pieces += before, inner, behind
-        self._text = b"".join(pieces)
-
-    def slice_of(self, first: int, behind: int) -> bytes:
-        """The text from segment `first` to before segment `behind`, stripped."""
-        return self._text[self._begins[first] : self._ends[min(behind, len(self._ends)) - 1]]
+            segment = text[begin:end].strip()
+            begin = text.index(segment, begin)
+            pieces += text[done:begin], segment
+            done = begin + len(segment)
+        quoted = _quote_all(pieces)
+        edges = list(itertools.accumulate(map(len, quoted)))
+        self.text = b"".join(quoted)
+        # Of each segment.
+        self.begins, self.ends = edges[::2], edges[1::2]
 
 
 def _quote(text: str) -> bytes:
     """`text` as in JSON, without the quotation marks."""
-    if text in ("", " "):  # between most segments
-        return text.encode()
-    quoted = _ENCODE(text)[1:-1]
+    (quoted,) = _quote_all([text])
+    return quoted
+
+
+def _quote_all(texts: list[str]) -> list[bytes]:
+    """Each as `_quote` has it: all in one go, with line ends between them, which JSON has none of in a string."""
     try:
-        return quoted.encode("utf-8")
+        return _LINES.encode(texts).encode("utf-8")[2:-2].split(b'"\n"')
     except UnicodeEncodeError:  # a lone surrogate
-        return json.dumps(text).encode("ascii")[1:-1]
+        return [json.dumps(text).encode("ascii")[1:-1] for text in texts]
 
 
-def _quoted_template(task: str, name: str) -> list[bytes | str]:
-    """What stands between the holes, and in turn with it their names."""
-    parts = re.split(rf"{{({'|'.join(HOLES[task])})}}", load_template(task, name))
-    return [part if i % 2 else _quote(part) for i, part in enumerate(parts)]
+def _line_template(task: str, prompt: str) -> tuple[bytes, Callable[[dict[str, bytes]], tuple[bytes, ...]]]:
+    """(a line with `%b` for each value, what picks these in their order)."""
+    hole, name = rf"{{({'|'.join(HOLES[task])})}}".encode(), task.encode()
+    content = _quote(prompt)
+    shown = [found.decode() for found in re.findall(hole, content)]
+    parts = (
+        *(b'{"id": "%b#%b/', name, b'", "task": "', name, b'", "messages": [{"role": "user", "content": "'),
+        re.sub(hole, b"%b", content.replace(b"%", b"%%")),
+        b'"}], "target": "%b", "reference": "%b", "metadata": {"document": "%b", "segment": %b%b}}\n',
+    )
+    values = "document", "number", *shown, "target", "reference", "document", "number", "metadata"
+    return b"".join(parts), itemgetter(*values)
 
 
-def _drawn(targets: list[tuple[int, int | None]], most: int | None, seed: str) -> list[tuple[int, int | None]]:
+def _drawn(targets: list[_Target], most: int | None, seed: str) -> list[_Target]:
     if most is None or len(targets) <= most:
         return targets
     return sorted(random.Random(seed).sample(targets, most), key=lambda target: target[0])

@@ -9,10 +9,11 @@ NLTK's own files for parameters may only lie in its data folder, so ours are one
 
 import functools
 import hashlib
+import itertools
 import json
 import random
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,15 @@ _SMALLEST_SHARE = 1 << 16
 # What NLTK's tokens make of a text up to a possible end of a sentence, and what follows it, where that is simple:
 # the last token is a mark of its own, or a word of no number and no hyphen with its period. NLTK's expressions take
 # other characters for white space than Python's do.
+_IN_WORD = r"[\w`/=<>$%+|~^\\]"
 _PLAIN_END = re.compile(
-    r"""(?:.*[\s()\[\]{}":;@*])? `*
-    (?: .*[?!] | (?<=[)\]}":;*]) (?P<bare>\.) | (?P<word>[^\W\d] (?:[\w`/=<>$%+|~^\\]|\.(?!\.))+) \. )
-    (?: [ \n]+[^\s.?!-] | [)\]}"'\u2019\u201d] $ )""",
-    re.DOTALL | re.VERBOSE,
+    rf"""(?:\S*[()\[\]{{}}":;@*])? `*
+    (?: (?P<word>[^\W\d] \.?{_IN_WORD}+ (?:\.{_IN_WORD}+)*) \. | (?<=[)\]}}":;*`]) (?P<bare>\.) | \S*[?!] )
+    (?: [ \n]+\S | [)\]}}"'\u2019\u201d] $ )""",
+    re.VERBOSE,
 )
+# What NLTK's expressions take for white space; Python's add U+001C to U+001F.
+_BLANKS = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _KEPT_DECISIONS = 1 << 16
 
 # Below it, a name that ends some sentences passes for an abbreviation.
@@ -170,13 +174,49 @@ def read_parameters(path: Path) -> PunktParameters:
 
 
 class Tokenizer(PunktSentenceTokenizer):
-    """NLTK's, which asks its tokens only where they may say no."""
+    """NLTK's in fewer steps, which asks its tokens only where they may say no."""
 
     def __init__(self, parameters: PunktParameters) -> None:
         super().__init__(parameters)
         self._collocated = {first for first, _ in parameters.collocations}
         self._may_go_on = parameters.abbrev_types | self._collocated
         self._decide = functools.lru_cache(_KEPT_DECISIONS)(super().text_contains_sentbreak)
+        possible_end = self._lang_vars.period_context_re().pattern
+        possible_end = possible_end.replace(r"\s", f"[{_BLANKS}]").replace(r"\S", f"[^{_BLANKS}]")
+        # Python's expressions take half the time of those that NLTK uses.
+        self._possible_end = re.compile(possible_end, re.VERBOSE)
+        self._closing = self._lang_vars.re_boundary_realignment
+
+    def _slices_from_text(self, text: str) -> Iterator[slice]:
+        begin = word = place = 0
+        last = None
+        for possible in itertools.chain(self._possible_end.finditer(text), (None,)):
+            # Of the possible ends in one word, the last one counts.
+            blank = self._get_last_whitespace_index(text[place : possible.start()]) if possible else 0
+            new_word = blank or word == place or not possible
+            if last and new_word and self.text_contains_sentbreak(text[word : last.end("after_tok")]):
+                yield slice(begin, last.end())
+                following = last.start("next_tok")
+                begin = last.end() if following < 0 else following
+            if possible:
+                word = place + blank + 1 if blank else word
+                last, place = possible, possible.start()
+        yield slice(begin, len(text.rstrip()))
+
+    def _realign_boundaries(self, text: str, slices: Iterator[slice]) -> Iterator[slice]:
+        sentence = next(slices)
+        for following in slices:
+            # No letter closes anything.
+            letter = text[following.start : following.start + 1].isalnum()
+            closing = None if letter else self._closing.match(text, following.start, following.stop)
+            if closing:
+                yield slice(sentence.start, following.start + len(closing[0].rstrip()))
+                following = slice(closing.end(), following.stop)
+            elif sentence.start < sentence.stop:
+                yield sentence
+            sentence = following
+        if sentence.start < sentence.stop:
+            yield sentence
 
     def text_contains_sentbreak(self, text: str) -> bool:
         """Whether a sentence ends in `text`, a possible end with what stands before and behind it."""

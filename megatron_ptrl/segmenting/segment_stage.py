@@ -25,7 +25,7 @@ from megatron_ptrl.segmenting.decontaminate import shared_run
 from megatron_ptrl.segmenting.files import KINDS, Files, load_array, save_array, write_whole
 from megatron_ptrl.segmenting.mask import mask
 from megatron_ptrl.segmenting.near_duplicates import DUPLICATE, signatures
-from megatron_ptrl.segmenting.prompts import TAGS, Line, PromptMaker
+from megatron_ptrl.segmenting.prompts import TAGS, PromptMaker
 from megatron_ptrl.segmenting.quality import Score, score_part
 from megatron_ptrl.segmenting.rules import broken_rule
 from megatron_ptrl.segmenting.segments import make_cut
@@ -115,8 +115,10 @@ class SegmentPart:
             }
             for item in read_items(part, self._config):
                 counts["documents"] += 1
-                for kind, line in self._lines(item, duplicates, scores, counts):
-                    streams[kind].write(line + b"\n")
+                made, rejects = self._made(item, duplicates, scores, counts)
+                for task, lines in made.items():
+                    streams[task].writelines(lines)
+                streams["rejects"].writelines(rejects)
             for stream in streams.values():
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -124,27 +126,26 @@ class SegmentPart:
             os.replace(path.with_name(path.name + suffix), path)
         write_whole(self._files.counts(number), json.dumps(dict(sorted(counts.items()))).encode())
 
-    def _lines(
+    def _made(
         self, item: Item, duplicates: dict[Position, str], scores: dict[Position, Score] | None, counts: Counter[str]
-    ) -> Iterator[tuple[str, bytes]]:
+    ) -> tuple[dict[str, Iterator[bytes]], list[bytes]]:
+        """(the lines of each task, those of the rejects)."""
         text = self._cleaned(item, duplicates)
         if scores is not None and isinstance(text, str):
             text = self._scored(text, scores[item.position])
         if isinstance(text, Rejected):
             counts[f"rejected.{text.reason}"] += 1
-            yield "rejects", _reject_line(item, None, text)
-            return
+            return {}, [_reject_line(item, None, text)]
         assert isinstance(item.record, Document)
         counts["masked"] += text != item.record.text
-        made, of_segments = self._maker.make(item.id, text, self._cut(text), self._config.seed, {"where": item.place})
-        counts.update({f"segments.{name}": count for name, count in of_segments.items()})
-        for one in made:
-            if isinstance(one, Line):
-                counts[f"prompts.{one.task}"] += 1
-                yield one
-            else:
-                counts[f"skipped.{one.task}.{one.reason}"] += 1
-                yield "rejects", _reject_line(item, one.task, Rejected(one.reason, one.detail))
+        made = self._maker.make(item.id, text, self._cut(text), self._config.seed, {"where": item.place})
+        for name, count in made.segments.items():
+            counts[f"segments.{name}"] += count
+        for task, count in made.prompts.items():
+            counts[f"prompts.{task}"] += count
+        for one in made.skipped:
+            counts[f"skipped.{one.task}.{one.reason}"] += 1
+        return made.lines, [_reject_line(item, one.task, Rejected(one.reason, one.detail)) for one in made.skipped]
 
     def _cleaned(self, item: Item, duplicates: dict[Position, str]) -> str | Rejected:
         """The text with its masks, or why it is left out."""
@@ -194,4 +195,5 @@ class SegmentPart:
 
 def _reject_line(item: Item, task: str | None, rejected: Rejected) -> bytes:
     where = f"{item.path}:{item.position[1]}"
-    return to_line({"id": item.id, "where": where, "task": task, "reason": rejected.reason, "detail": rejected.detail})
+    line = {"id": item.id, "where": where, "task": task, "reason": rejected.reason, "detail": rejected.detail}
+    return to_line(line) + b"\n"
