@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_ptrl.errors import FULL, InputError
+from megatron_ptrl.errors import FULL, InputError, printable
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{printable(str(error.filename))}: " if error.filename else ""
         told = f"{where}{error.strerror}; make room and start the same command again"
         print(f"ptrl {name}: {told}", file=sys.stderr, flush=True)
         return 2
