@@ -234,7 +234,7 @@ def _write_index(path: str, data_prefix: str, dtype: type) -> None:
 
 
 class Durably:
-    """A file that gets its name when it is whole and on the disk; an error inside leaves no file of that name."""
+    """A file that gets its name when it is whole and on the disk; an error inside leaves no file."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -250,3 +250,5 @@ class Durably:
         self._stream.close()
         if kind is None:
             os.replace(self._path + ".tmp", self._path)
+        else:
+            os.unlink(self._path + ".tmp")
