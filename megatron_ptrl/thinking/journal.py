@@ -138,8 +138,8 @@ class Journal:
 
     def publish(self, source: Source) -> None:
         """Write thoughts, rejects and counts, in the order of the input, and drop the journal."""
+        self.note_source(source)
         try:
-            self.note_source(source)
             self._publish()
         except OSError as error:
             raise _unwritable(self._final["thoughts"], error) from error
@@ -155,8 +155,11 @@ class Journal:
     def note_source(self, source: Source) -> None:
         """Keep what the thoughts are of."""
         temporary = self._source.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(source)) + "\n")
-        os.replace(temporary, self._source)
+        try:
+            temporary.write_text(json.dumps(asdict(source)) + "\n")
+            os.replace(temporary, self._source)
+        except OSError as error:
+            raise _unwritable(self._source, error) from error
 
     def _publish(self) -> None:
         journal = self._stream.fileno()
