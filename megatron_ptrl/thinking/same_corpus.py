@@ -16,8 +16,11 @@ DIGEST_BYTES = 8
 
 def digest_of(record: Document | Unreadable) -> bytes:
     """8 bytes that follow from all that the record holds."""
-    what = {"why": record.why} if isinstance(record, Unreadable) else {"text": record.text, "fields": record.fields}
-    return hashlib.blake2b(to_line(what), digest_size=DIGEST_BYTES).digest()
+    # A text of megabytes is hashed ten times as fast as it is written as JSON.
+    text, rest = ("", {"why": record.why}) if isinstance(record, Unreadable) else (record.text, record.fields)
+    digest = hashlib.blake2b(to_line(rest) + b"\n", digest_size=DIGEST_BYTES)
+    digest.update(text.encode())
+    return digest.digest()
 
 
 class PartDigest:
