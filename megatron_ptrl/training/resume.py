@@ -31,7 +31,8 @@ _MUST_STAY = {
     "parallel.distributed_optimizer": "Megatron-Core cannot convert the two forms",
 }
 _SECTIONS = ("data", "loss", "optimizer", "train", "remit", "prompts", "rollout", "policy", "judge")
-_NO_EFFECT = ("cache", "micro_batch", "offload_reference", "top_tokens")
+# Side-cars are compared by what they hold, not by where they lie.
+_NO_EFFECT = ("cache", "micro_batch", "offload_reference", "top_tokens", "sidecar")
 _ORDER_SAMPLES = (
     "data.train",
     "data.valid",
