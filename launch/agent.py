@@ -24,14 +24,17 @@ class Agent(LocalElasticAgent):
         told = [failure.local_rank for failure in result.failures.values() if failure.exitcode == BAD_INPUT]
         if told:
             self._remaining_restarts = 0
-        if told and 0 not in told:  # the first rank's lines are shown as they come
-            print(_last_line(self._pcontext.stderrs[told[0]]), file=sys.stderr, flush=True)
+            lines = {rank: _line_of(self._pcontext.stderrs[rank]) for rank in told}
+            if not lines.get(0):  # the first rank's are shown as they come
+                nothing = f"a rank ended with exit code {BAD_INPUT}, see {self._pcontext.stderrs[told[0]]}"
+                print(next(filter(None, lines.values()), nothing), file=sys.stderr, flush=True)
         return result
 
 
-def _last_line(path: str) -> str:
-    lines = Path(path).read_text(errors="replace").splitlines()
-    return lines[-1] if lines else f"a rank ended with exit code {BAD_INPUT} and left {path} empty"
+def _line_of(log: str) -> str | None:
+    """What a stage told of its bad input; some ranks hear only that another knows."""
+    lines = Path(log).read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("ptrl ")), None)
 
 
 if __name__ == "__main__":

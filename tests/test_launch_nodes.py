@@ -21,7 +21,7 @@ all_of_them = int(os.environ["WORLD_SIZE"]) * (1 + int(os.environ["TORCHELASTIC_
 while os.path.getsize(os.environ["STARTS"]) < all_of_them:
     time.sleep(0.05)
 if os.environ["RANK"] == os.environ["STUB_RANK"]:
-    print("what is wrong", file=sys.stderr)
+    print("ptrl stub: what is wrong", "and a warning", sep="\\n", file=sys.stderr)
     sys.exit(int(os.environ["STUB_CODE"]))
 time.sleep(2)
 sys.exit(1)
@@ -90,7 +90,7 @@ def run_nodes(commands: list[list[str]], environment: dict[str, str], folder: Pa
 def test_bad_input_is_told_in_one_line_and_not_tried_again(tmp_path):
     codes, shown, starts = run_stub(tmp_path, 1, 2, [[]])
     assert (codes, sorted(starts)) == ([2], ["0", "1"])
-    assert shown.splitlines().count("what is wrong") == 1 and "Traceback" not in shown, shown
+    assert shown.splitlines().count("ptrl stub: what is wrong") == 1 and "Traceback" not in shown, shown
 
 
 def test_what_fails_otherwise_is_tried_again(tmp_path):
@@ -102,7 +102,7 @@ def test_bad_input_on_one_node_ends_the_others(nodes, tmp_path):
     """The second node's second rank knows, while the first node sees nothing but a connection that is lost."""
     codes, shown, starts = run_stub(tmp_path, 3, 2, list(nodes))
     assert (codes, sorted(starts)) == ([1, 2], ["0", "1", "2", "3"])
-    assert shown.splitlines().count("what is wrong") == 1, shown
+    assert shown.splitlines().count("ptrl stub: what is wrong") == 1, shown
 
 
 def test_two_nodes_give_the_numbers_of_one(ranks, nodes, prefix, tmp_path):
