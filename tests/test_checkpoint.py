@@ -228,14 +228,13 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
-def flip_in_the_index(checkpoint: Path) -> str:
-    flip(checkpoint / ".metadata", 60)
-    return ".metadata has changed since it was written"
+def flip_in_the_index(checkpoint: Path, name: str = ".metadata") -> str:
+    flip(checkpoint / name, 60)
+    return f"{name} has changed since it was written"
 
 
 def flip_in_what_all_ranks_share(checkpoint: Path) -> str:
-    flip(checkpoint / "common.pt", 1000)
-    return "common.pt has changed since it was written"
+    return flip_in_the_index(checkpoint, "common.pt")
 
 
 DAMAGES = [truncate, remove_a_file, remove_the_manifest, cut_the_manifest, empty_the_manifest]
@@ -260,9 +259,9 @@ def test_tensors_that_cannot_be_read_are_told_by_file_with_the_checkpoint_before
     folder = copy_until(tp2_run, tmp_path / "run", STEPS)
     newest, before = (folder / "checkpoints" / f"step_{step:08d}" for step in (STEPS, SAVED))
     flip(data_file(newest), 0)
-    expected = f"InputError: {data_file(newest)} is damaged; remove {newest}, the one before it is {before}"
     settings = {"train__steps": STEPS, "parallel__tp": 2}
-    with pytest.raises(RankError, match=re.escape(expected)):
+    told = f"InputError: {data_file(newest)} is damaged; remove {newest}, the one before it is {before}"
+    with pytest.raises(RankError, match=re.escape(told)):
         run_tiny(ranks, 2, tiny_config(prefix, folder, **settings))
     shutil.rmtree(before)
     with pytest.raises(RankError, match=re.escape(f"remove {newest}, there is none before it")):
