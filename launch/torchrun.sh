@@ -5,7 +5,8 @@
 #   several nodes    the same command on each, with NNODES, NODE_RANK from 0, and RDZV_ENDPOINT=host:port of node 0
 #   under Slurm      srun launch/torchrun.sh ... knows all of that; launch/slurm/stage.sbatch does it
 #
-#   MAX_RESTARTS     how often all ranks are started again after one failed; they go on from the last checkpoint (3)
+#   MAX_RESTARTS     how often all ranks are started again after one failed, other than for bad input (exit code 2); they
+#                    go on from the last checkpoint (3)
 #   LOG_DIR          a log for each rank, by restart (logs)      PYTHON    the interpreter (python)
 #
 # SIGUSR1, SIGTERM, SIGINT and SIGHUP have all ranks save and end, all but the first with exit code 143; the same command
@@ -59,7 +60,7 @@ trap 'tell 1' TERM HUP
 trap 'tell 2' INT
 # In a session of its own, which the signals that Slurm sends to a task do not reach. The ranks are told by this script:
 # torchrun, told instead, would kill them after 30 s, in the middle of a long save.
-setsid "$python" -m torch.distributed.run "${flags[@]}" -m megatron_ptrl "$@" &
+setsid "$python" "$here/agent.py" "${flags[@]}" -m megatron_ptrl "$@" &
 agent=$!
 code=0
 wait "$agent" || code=$? # ends for a signal, too

@@ -3,12 +3,15 @@
 import importlib
 import os
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_ptrl.errors import FULL, InputError
+from megatron_ptrl.errors import FULL, InputError, printable
+
+SECONDS_FOR_RANK_0 = 10.0
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,19 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse(getattr(config, stage.config), rest, prog=f"ptrl {name}", positional=stage.positional)
         _import(stage).run(settings)
     except InputError as error:
-        # What is wrong before the process group is up is wrong on every rank, so one of them says it.
-        if error.rank is not None or os.environ.get("RANK", "0") == "0":
-            where = f" (rank {error.rank})" if error.rank else ""
-            print(f"ptrl {name}{where}: {error}", file=sys.stderr, flush=True)
+        rank = error.rank
+        if rank is None and os.environ.get("RANK", "0") != "0":
+            # What is wrong before the process group is up is wrong on every rank. One of them says it: the launcher
+            # ends the others then, and would have ended that one if another had ended first.
+            time.sleep(SECONDS_FOR_RANK_0)
+            rank = int(os.environ["RANK"])
+        where = f" (rank {rank})" if rank else ""
+        print(f"ptrl {name}{where}: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         if error.errno not in FULL:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{printable(str(error.filename))}: " if error.filename else ""
         told = f"{where}{error.strerror}; make room and start the same command again"
         print(f"ptrl {name}: {told}", file=sys.stderr, flush=True)
         return 2

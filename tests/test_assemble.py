@@ -197,6 +197,7 @@ def test_nothing_left_or_not_thinking_is_told_in_one_line(tokenizer, tmp_path):
     for name, message in {"a.txt": "not a file of thinking", "cut.jsonl.gz": "damaged archive"}.items():
         with pytest.raises(InputError, match=message):
             run(AssembleConfig(input=[str(tmp_path / name)], output=str(tmp_path / "x"), tokenizer=tokenizer))
+    assert not list(tmp_path.glob("*.tmp")), "neither of what failed in the middle"
 
 
 def test_a_thought_that_spells_the_eod_as_a_word_is_put_aside_whole(tmp_path):
@@ -262,5 +263,5 @@ def test_a_full_disk_is_told_in_one_line(largest, tokenizer, tmp_path, capfd):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     told = capfd.readouterr().err
     assert told.startswith("ptrl assemble: ") and "make room and start the same command again" in told, told
-    assert told.count("\n") == 1 and not (tmp_path / "train.idx").exists()
+    assert told.count("\n") == 1 and not list(tmp_path.glob("train.*")), "of what failed nothing is left"
     assert main(words) == 0

@@ -1,6 +1,7 @@
 """Save and load: exact on the same layout, the same training on another, and never a silent start from nothing."""
 
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -221,7 +222,23 @@ def empty_the_manifest(checkpoint: Path) -> str:
     return "run.json names no files"
 
 
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 0x55
+    file.write_bytes(content)
+
+
+def flip_in_the_index(checkpoint: Path, name: str = ".metadata") -> str:
+    flip(checkpoint / name, 60)
+    return f"{name} has changed since it was written"
+
+
+def flip_in_what_all_ranks_share(checkpoint: Path) -> str:
+    return flip_in_the_index(checkpoint, "common.pt")
+
+
 DAMAGES = [truncate, remove_a_file, remove_the_manifest, cut_the_manifest, empty_the_manifest]
+DAMAGES += [flip_in_the_index, flip_in_what_all_ranks_share]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -236,6 +253,19 @@ def test_a_broken_checkpoint_is_passed_over_by_name_and_the_training_repeated(ra
     assert f"continuing from {folder / 'checkpoints' / f'step_{SAVED:08d}'}" in log
     assert read_metrics(folder) == read_metrics(tp2_run)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{STEPS:08d}"]
+
+
+def test_tensors_that_cannot_be_read_are_told_by_file_with_the_checkpoint_before(ranks, prefix, tmp_path, tp2_run):
+    folder = copy_until(tp2_run, tmp_path / "run", STEPS)
+    newest, before = (folder / "checkpoints" / f"step_{step:08d}" for step in (STEPS, SAVED))
+    flip(data_file(newest), 0)
+    settings = {"train__steps": STEPS, "parallel__tp": 2}
+    told = f"InputError: {data_file(newest)} is damaged; remove {newest}, the one before it is {before}"
+    with pytest.raises(RankError, match=re.escape(told)):
+        run_tiny(ranks, 2, tiny_config(prefix, folder, **settings))
+    shutil.rmtree(before)
+    with pytest.raises(RankError, match=re.escape(f"remove {newest}, there is none before it")):
+        run_tiny(ranks, 2, tiny_config(prefix, tmp_path / "new", **settings, checkpoint__load=str(newest)))
 
 
 def test_a_save_before_a_broken_later_one_is_kept(ranks, prefix, tmp_path, tp2_run):
@@ -267,6 +297,24 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_fields_name(ranks, pref
     for field, value, saved in (("num_layers", 2, 4), ("qk_layernorm", False, True), ("num_moe_experts", 4, None)):
         with pytest.raises(RankError, match=f"InputError.*{field} {saved}, this run has {value}"):
             run_tiny(ranks, 1, tiny_config(prefix, folder, **{f"model__{field}": value}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_vocabulary_that_another_layout_pads_otherwise(ranks, prefix, tmp_path, masked):
+    """512 tokens padded to 513, then to 684: refused, as the loss would jump, unless the padding is not part of it."""
+    common = {"train__steps": STEPS, "checkpoint__save_every": SAVED, "model__make_vocab_size_divisible_by": 171}
+    common |= {"loss__mask_padding": masked, "loss__impl": "linear"}
+    whole = run_tiny(ranks, 1, tiny_config(prefix, tmp_path / "run", **common))
+    folder = copy_until(tmp_path / "run", tmp_path / "copy")
+    (folder / "metrics.jsonl").unlink()
+    settings = tiny_config(prefix, folder, parallel__tp=2, **common)
+    if masked:
+        continued = run_tiny(ranks, 2, settings)
+        assert_close_metrics(continued, whole[SAVED:], {"loss": 1e-6, "entropy": 1e-6, "grad_norm": 1e-4})
+        return
+    for each in (settings, settings | {"run_dir": str(tmp_path / "new"), "checkpoint.load": str(folder)}):
+        with pytest.raises(RankError, match="InputError.*vocabulary of 512 padded to 513, and parallel.tp 2 .* to 684"):
+            run_tiny(ranks, 2, each)
 
 
 def test_a_checkpoint_of_the_other_optimizer_is_refused(ranks, prefix, tmp_path, tp2_run):

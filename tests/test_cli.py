@@ -242,3 +242,13 @@ def test_a_judge_whose_package_is_missing_is_refused_before_anything_is_built(ra
         for answer in ranks.run(1, call_without, package, words)[0]:
             refused(answer, f"needs {package}; pip install megatron-ptrl[rl]")
     assert not run_dir.exists()
+
+
+def test_what_a_damaged_file_holds_does_not_reach_the_terminal(tmp_path, capsys):
+    """Colours, line ends, C1 escapes and marks that turn the direction of a text are shown as `repr` does."""
+    (tmp_path / "metrics.jsonl").write_bytes("\x1b]0;title\x07\x1b[31m é\x9b2J \u202ereversed\r x\n{}\n".encode())
+    code = main(["report", str(tmp_path)])
+    refused((code, *capsys.readouterr()), "metrics.jsonl:1 is not JSON", r"\x1b]0;title\x07\x1b[31m é\x9b2J \u202erev")
+
+    code = main(["report", str(tmp_path / "a\x1b[2J\nb")])
+    refused((code, *capsys.readouterr()), r"a\x1b[2J\nb has no metrics.jsonl")

@@ -12,6 +12,20 @@ from tiny import flags, read_metrics, run_tiny, tiny_config
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 180.0
+# A stage whose rank `STUB_RANK` ends with `STUB_CODE`, and the others two seconds later, as when a connection is lost.
+STUB = """
+import os, sys, time
+with open(os.environ["STARTS"], "a") as starts:
+    starts.write(os.environ["RANK"])
+all_of_them = int(os.environ["WORLD_SIZE"]) * (1 + int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+while os.path.getsize(os.environ["STARTS"]) < all_of_them:
+    time.sleep(0.05)
+if os.environ["RANK"] == os.environ["STUB_RANK"]:
+    print("ptrl stub: what is wrong", "and a warning", sep="\\n", file=sys.stderr)
+    sys.exit(int(os.environ["STUB_CODE"]))
+time.sleep(2)
+sys.exit(1)
+"""
 
 
 def ip(*words: str) -> None:
@@ -37,28 +51,69 @@ def nodes() -> Iterator[tuple[list[str], list[str]]]:
         yield tuple(["ip", "netns", "exec", name] for name in names)  # type: ignore[misc]
 
 
-def test_two_nodes_give_the_numbers_of_one(ranks, nodes, prefix, tmp_path):
-    """Tensor parallel within a node, data parallel across them."""
-    settings = tiny_config(prefix, tmp_path / "two", parallel__tp=2, train__steps=6)
-    base = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    environment = os.environ | base | {"LOG_DIR": str(tmp_path / "logs")}
-    pretrain = str(ROOT / "launch/pretrain.sh")
-    several = {"NPROC_PER_NODE": "2", "NNODES": "2", "RDZV_ENDPOINT": "10.77.0.1:29500", "GLOO_SOCKET_IFNAME": "cable"}
+def run_stub(tmp_path: Path, rank: int, code: int, hosts: list[list[str]]) -> tuple[list[int], str, str]:
+    """(each node's exit code, all that they showed, the ranks in the order of their starts) of two ranks on each."""
+    (tmp_path / "megatron_ptrl").mkdir()
+    (tmp_path / "megatron_ptrl/__init__.py").touch()
+    (tmp_path / "megatron_ptrl/__main__.py").write_text(STUB)
+    starts = tmp_path / "starts"
+    own = {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable, "LOG_DIR": str(tmp_path / "logs")}
+    own |= {"STARTS": str(starts), "STUB_RANK": str(rank), "STUB_CODE": str(code)}
+    own |= {"NPROC_PER_NODE": "2", "MAX_RESTARTS": "1"}
+    if len(hosts) > 1:
+        own |= {"NNODES": str(len(hosts)), "RDZV_ENDPOINT": "10.77.0.1:29500"}
+    output = run_nodes([[*host, str(ROOT / "launch/torchrun.sh"), "stub"] for host in hosts], own, tmp_path)
+    return output[0], "".join(output[1]), starts.read_text()
+
+
+def run_nodes(commands: list[list[str]], environment: dict[str, str], folder: Path) -> tuple[list[int], list[str]]:
+    """(exit code, stdout with stderr) of one command on each node, in `folder`."""
     agents = [
         subprocess.Popen(
-            [*node, pretrain, *flags(settings)],
-            env=environment | several | {"NODE_RANK": str(rank)},
+            command,
+            cwd=folder,
+            env=os.environ | environment | {"NODE_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank, node in enumerate(nodes)
+        for rank, command in enumerate(commands)
     ]
     try:
         output = [agent.communicate(timeout=SECONDS)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(output)
+    return [agent.returncode for agent in agents], output
+
+
+def test_bad_input_is_told_in_one_line_and_not_tried_again(tmp_path):
+    codes, shown, starts = run_stub(tmp_path, 1, 2, [[]])
+    assert (codes, sorted(starts)) == ([2], ["0", "1"])
+    assert shown.splitlines().count("ptrl stub: what is wrong") == 1 and "Traceback" not in shown, shown
+
+
+def test_what_fails_otherwise_is_tried_again(tmp_path):
+    codes, _, starts = run_stub(tmp_path, 1, 3, [[]])
+    assert (codes, sorted(starts)) == ([1], ["0", "0", "1", "1"])
+
+
+def test_bad_input_on_one_node_ends_the_others(nodes, tmp_path):
+    """The second node's second rank knows, while the first node sees nothing but a connection that is lost."""
+    codes, shown, starts = run_stub(tmp_path, 3, 2, list(nodes))
+    assert (codes, sorted(starts)) == ([1, 2], ["0", "1", "2", "3"])
+    assert shown.splitlines().count("ptrl stub: what is wrong") == 1, shown
+
+
+def test_two_nodes_give_the_numbers_of_one(ranks, nodes, prefix, tmp_path):
+    """Tensor parallel within a node, data parallel across them."""
+    settings = tiny_config(prefix, tmp_path / "two", parallel__tp=2, train__steps=6)
+    base = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment = base | {"LOG_DIR": str(tmp_path / "logs")}
+    pretrain = str(ROOT / "launch/pretrain.sh")
+    several = {"NPROC_PER_NODE": "2", "NNODES": "2", "RDZV_ENDPOINT": "10.77.0.1:29500", "GLOO_SOCKET_IFNAME": "cable"}
+    commands = [[*node, pretrain, *flags(settings)] for node in nodes]
+    codes, output = run_nodes(commands, environment | several, tmp_path)
+    assert codes == [0, 0], "\n".join(output)
     assert read_metrics(tmp_path / "two") == run_tiny(ranks, 4, settings | {"run_dir": str(tmp_path / "one")})
     assert len(read_metrics(tmp_path / "two")) == 6

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from ranks import RankError, Ranks
+from sidecars import any_values, write_sidecar
 from tiny import Settings, pretraining, read_metrics, run_tiny, tiny_config
 
 from megatron_ptrl.config import TokenizeConfig
@@ -66,6 +67,21 @@ def test_a_changed_loss_is_noted_and_used(ranks, prefix, run_of_four, tmp_path):
     metrics, log = resumed(ranks, prefix, run_of_four, tmp_path / "run", loss__beta=0.5)
     assert metrics[2]["loss"] != metrics[2]["ce"] and metrics[1]["loss"] == metrics[1]["ce"]
     assert "loss.beta was 0.0, from here on it is 0.5" in log
+
+
+def test_side_cars_are_compared_by_their_values_and_not_by_their_place(ranks, prefix, tmp_path):
+    first = write_sidecar(prefix, str(tmp_path / "a"), any_values(prefix, 0))
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(first + suffix, str(tmp_path / "moved") + suffix)
+    options = {"train__steps": 2, "optimizer__warmup_steps": 1, "remit__weighting": "remit", "model__num_layers": 1}
+    for place in ("a", "moved"):
+        settings = tiny_config(prefix, tmp_path / "run", **options, remit__sidecar=[str(tmp_path / place)])
+        run_tiny(ranks, 1, settings)
+    log = tmp_path / "run" / "log.txt"
+    assert "continuing from" in log.read_text() and "sidecar" not in log.read_text()
+    write_sidecar(prefix, str(tmp_path / "moved"), any_values(prefix, 1))
+    run_tiny(ranks, 1, settings)
+    assert log.read_text().count("remit.sidecar has other values than when the checkpoint was saved") == 1
 
 
 def test_another_batch_is_refused(ranks, prefix, run_of_four, tmp_path):

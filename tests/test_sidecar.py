@@ -125,6 +125,22 @@ BROKEN = {
 }
 
 
+def test_values_that_have_changed_are_refused_and_those_of_before_are_read(made, values):
+    digest = SideCar.open(made).digest
+    was = Path(made + ".bin").read_bytes()
+    Path(made + ".bin").write_bytes(was[:-1] + bytes([was[-1] ^ 1]))
+    with pytest.raises(InputError, match="the values are not those that .*logprob.json was written with; remove"):
+        SideCar.open(made)
+    Path(made + ".bin").write_bytes(was)
+    assert SideCar.open(made).digest == digest
+
+    path = Path(made + ".json")
+    meta = json.loads(path.read_text())
+    del meta["values"]
+    path.write_text(json.dumps(meta))
+    assert SideCar.open(made).read(0).tolist() == values[: len(SideCar.open(made).read(0))].tolist()
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_side_car_is_refused(made, case):
     breaking, message = BROKEN[case]

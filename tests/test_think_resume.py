@@ -21,10 +21,12 @@ from think_runs import contents, rejects, think_config, thoughts, write_corpus
 
 from megatron_ptrl.config import AssembleConfig, SamplingConfig, ThinkConfig, ThinkingFilterConfig
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.thinking.journal import Journal
+from megatron_ptrl.thinking.journal import Journal, Source
 from megatron_ptrl.thinking.pipeline import run
 
 DOCUMENTS = 90
+DIGEST = b"8 bytes!"
+SOURCE = Source([], "")
 ASSEMBLED: dict[str, Any] = {
     "then_assemble": True,
     "assemble": AssembleConfig(vocab_size=300, filters=ThinkingFilterConfig(languages=[])),
@@ -115,16 +117,16 @@ def test_bytes_do_not_depend_on_tasks(tasks, workers, megabytes, corpus, undistu
 
 def test_a_torn_line_is_dropped(tmp_path):
     with Journal(tmp_path, 0) as journal:
-        journal.add((0, 2), "rejects", b'{"id": "b", "reason": "bad_request"}')
-        journal.add((0, 1), "thoughts", b'{"id": "a"}')
-        journal.add((0, 3), "thoughts", b'{"id": "c"}')
+        journal.add((0, 2), DIGEST, "rejects", b'{"id": "b", "reason": "bad_request"}')
+        journal.add((0, 1), DIGEST, "thoughts", b'{"id": "a"}')
+        journal.add((0, 3), DIGEST, "thoughts", b'{"id": "c"}')
     path = tmp_path / "journal" / "00000.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
     with Journal(tmp_path, 0) as journal:
-        assert [(0, line) in journal for line in range(5)] == [False, True, True, False, False]
-        assert (1, 1) not in journal and not journal.is_finished
-        journal.add((0, 3), "thoughts", b'{"id": "again"}')
-        journal.publish()
+        assert [journal.has((0, line), DIGEST) for line in range(5)] == [False, True, True, False, False]
+        assert not journal.has((1, 1), DIGEST) and not journal.is_finished
+        journal.add((0, 3), DIGEST, "thoughts", b'{"id": "again"}')
+        journal.publish(SOURCE)
         assert journal.is_finished and journal.counts() == {"thoughts": 2, "bad_request": 1}
     assert [thought["id"] for thought in thoughts(tmp_path)] == ["a", "again"]
     assert [rejected["id"] for rejected in rejects(tmp_path)] == ["b"] and not path.exists()
@@ -136,8 +138,8 @@ def test_a_journal_takes_little_memory_for_a_record(tmp_path):
     try:
         with Journal(tmp_path, 0) as journal:
             for line in reversed(range(1, records + 1)):
-                journal.add((0, line), "thoughts", b'{"id": "%d"}' % line)
-            journal.publish()
+                journal.add((0, line), DIGEST, "thoughts", b'{"id": "%d"}' % line)
+            journal.publish(SOURCE)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -159,17 +161,24 @@ def test_killed_between_the_last_rename_and_the_end_of_the_journal(corpus, undis
 
 
 @pytest.mark.parametrize(
-    "tail", [b"0 3 thou", b"\xff\x00\x00 1 thoughts\t{}\n", b"0 x rejects\t{}\n", b"\n", b"0 3 thoughts\t{"]
+    "tail",
+    [
+        b"0 3 0000000000000000 thou",
+        b"\xff\x00\x00 1 0000000000000000 thoughts\t{}\n",
+        b"0 x 0000000000000000 rejects\t{}\n",
+        b"\n",
+        b"0 3 0000000000000000 thoughts\t{",
+    ],
 )
 def test_what_a_crash_left_behind_the_last_line_is_dropped(tail, tmp_path):
     with Journal(tmp_path, 0) as journal:
-        journal.add((0, 1), "thoughts", b'{"id": "a"}')
+        journal.add((0, 1), DIGEST, "thoughts", b'{"id": "a"}')
     path = tmp_path / "journal" / "00000.jsonl"
     path.write_bytes(path.read_bytes() + tail)
     with Journal(tmp_path, 0) as journal:
-        assert (0, 1) in journal and (0, 3) not in journal
-        journal.add((0, 3), "thoughts", b'{"id": "c"}')
-        journal.publish()
+        assert journal.has((0, 1), DIGEST) and not journal.has((0, 3), DIGEST)
+        journal.add((0, 3), DIGEST, "thoughts", b'{"id": "c"}')
+        journal.publish(SOURCE)
     assert [thought["id"] for thought in thoughts(tmp_path)] == ["a", "c"]
 
 
@@ -212,13 +221,13 @@ def test_thoughts_that_cannot_be_written_are_written_later(tmp_path):
         pytest.raises(InputError, match="00000.jsonl: Is a directory; what is done is kept"),
         Journal(tmp_path, 0) as journal,
     ):
-        journal.add((0, 1), "thoughts", b'{"id": "a"}')
+        journal.add((0, 1), DIGEST, "thoughts", b'{"id": "a"}')
         (tmp_path / "thoughts" / "00000.tmp").mkdir()
-        journal.publish()
+        journal.publish(SOURCE)
     (tmp_path / "thoughts" / "00000.tmp").rmdir()
     with Journal(tmp_path, 0) as journal:
-        assert (0, 1) in journal and (0, 3) not in journal
-        journal.publish()
+        assert journal.has((0, 1), DIGEST) and not journal.has((0, 3), DIGEST)
+        journal.publish(SOURCE)
     assert [thought["id"] for thought in thoughts(tmp_path)] == ["a"]
 
 
@@ -274,3 +283,36 @@ def test_another_corpus_or_other_settings_are_refused(tmp_path):
         with pytest.raises(InputError, match="is of another input"):
             run(think_config([source], out, [server.url]))
     assert contents(out) == before
+
+
+def test_a_corpus_that_was_edited_is_refused_though_its_size_is_the_same(tmp_path, monkeypatch):
+    sources = [write_corpus(tmp_path / f"{number}.jsonl", 3, first=3 * number) for number in range(2)]
+    was = sources[1].read_text()
+    settings = {"part_megabytes": 1e-6, "in_flight": 1}
+    with StubServer(tmp_path / "log") as server:
+        begun = think_config(sources, tmp_path / "begun", [server.url], **settings)
+        with monkeypatch.context() as patched, pytest.raises(InputError, match="stopped"):
+            patched.setattr(Journal, "publish", broken_off)
+            run(begun)
+        finished = think_config(sources, tmp_path / "finished", [server.url], **settings)
+        run(finished)
+        before = contents(tmp_path / "finished")
+
+        for path in sources:  # as a copy of the corpus has it
+            os.utime(path, ns=(0, 0))
+        run(finished)
+        with monkeypatch.context() as patched:
+            patched.setattr("megatron_ptrl.thinking.same_corpus.read_part", None)  # the new time is known by now
+            run(finished)
+
+        sources[1].write_text(was.replace("law", "war"))
+        with pytest.raises(InputError, match=f"other documents than {sources[1]} hold now; restore them"):
+            run(finished)
+        sources[0].write_text(sources[0].read_text().replace("d1 some words", "d1 same words"))
+        with pytest.raises(InputError, match="00000.jsonl is of another input: record 2 of file 1 of the part"):
+            run(begun)
+    assert contents(tmp_path / "finished") == before
+
+
+def broken_off(journal: Journal, source: Source) -> None:
+    raise InputError("stopped")

@@ -135,6 +135,17 @@ def test_without_any_server_the_run_stops_and_can_be_continued(tmp_path):
     assert len(thoughts(tmp_path / "out")) == 10
 
 
+def test_patience_ends_though_every_document_waits_for_its_next_attempt(tmp_path):
+    source = write_corpus(tmp_path / "in.jsonl", 2)
+    with StubServer(tmp_path / "log") as server:
+        pass
+    config = think_config([source], tmp_path / "out", [server.url], patience=0.5, backoff=30.0)
+    begun = time.monotonic()
+    with pytest.raises(GeneratorUnusable, match="no server has answered for"):
+        run(config)
+    assert time.monotonic() - begun < 10, "the first wait is of 15 s at least"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("fault", ["401", "500"])
 def test_the_key_is_nowhere(fault, workers, tmp_path, monkeypatch, capfd):

@@ -1,9 +1,10 @@
 """The five files of a tokenization: temporary while they are written, published together, made by ordered processes.
 
 Everything is written under PREFIX.*.tmp and renamed at the end, the index last: a `.idx` that exists belongs to a
-complete `.bin`. A run that was killed is repeated by the same command, which starts over.
+complete `.bin`. What failed leaves no such file; after a kill the same command starts over and overwrites them.
 """
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -30,10 +31,12 @@ Sent = TypeVar("Sent")
 Result = TypeVar("Result")
 
 
-def prepare_output(output: str, files: list[Path]) -> dict[str, Path]:
-    """Make the folder of the prefix `output`; the temporary files by the suffix that each will have.
+@contextlib.contextmanager
+def temporary_output(output: str, files: list[Path]) -> Iterator[dict[str, Path]]:
+    """Temporary files for the prefix `output`, by the suffix that each will have; removed after an error.
 
-    Raises InputError when it is no prefix, cannot be made, or would overwrite one of the input's `files`.
+    Raises InputError when it is no prefix, cannot be made, is being written by another process, or would overwrite one
+    of the input's `files`.
     """
     if not output or output.endswith(os.sep) or Path(output).is_dir():
         raise InputError(
@@ -48,28 +51,30 @@ def prepare_output(output: str, files: list[Path]) -> dict[str, Path]:
     except OSError as error:
         raise InputError(f"output {output}: {error.strerror}: {error.filename}") from error
     temporary = {suffix: Path(output + suffix + ".tmp") for suffix in (*PUBLISHED, REJECTS)}
-    _lock(output, temporary[".bin"])
-    return temporary
+    with _locked(output, temporary[".bin"]):
+        try:
+            yield temporary
+        except BaseException:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+            raise
 
 
-# The lock of a prefix goes with this process, or with the next output of the same prefix.
-_locks: dict[str, BinaryIO] = {}
-
-
-def _lock(output: str, path: Path) -> None:
+@contextlib.contextmanager
+def _locked(output: str, path: Path) -> Iterator[None]:
     """Keep other processes from writing the same temporary files, which would mix both."""
-    prefix = os.path.realpath(output)
-    if prefix in _locks:
-        _locks.pop(prefix).close()
     try:
         stream = path.open("ab")
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        raise InputError(f"output {output}: another process is writing it; wait for it to end") from None
     except OSError as error:
         raise InputError(f"output {output}: {error.strerror}: {path}") from error
-    _locks[prefix] = stream
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"output {output}: another process is writing it; wait for it to end") from None
+        except OSError as error:
+            raise InputError(f"output {output}: {error.strerror}: {path}") from error
+        yield
 
 
 def publish(output: str, temporary: Mapping[str, Path]) -> None:

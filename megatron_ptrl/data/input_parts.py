@@ -31,6 +31,8 @@ class InputFile:
     label: str
     """The path below what the user named: what documents without an id are called by."""
     size: int
+    stamp: str = ""
+    """Another one after the file was written: local, its time of modification; remote, what the store says of it."""
 
 
 Part = tuple[InputFile, ...]
@@ -71,7 +73,8 @@ def list_inputs(inputs: list[str], output: Path) -> list[InputFile]:
 def _list_local(name: str) -> Iterator[InputFile]:
     for file in find_files([name]):
         label = file.relative_to(name) if Path(name).is_dir() else Path(file.name)
-        yield InputFile(str(file), label.as_posix(), file.stat().st_size)
+        told = file.stat()
+        yield InputFile(str(file), label.as_posix(), told.st_size, str(told.st_mtime_ns))
 
 
 def _list_remote(name: str) -> Iterator[InputFile]:
@@ -80,7 +83,7 @@ def _list_remote(name: str) -> Iterator[InputFile]:
         files = sorted(file for file in system.find(root) if file.endswith(SUFFIXES))
         for file in files:
             label = file[len(root) :].strip("/") or file.rpartition("/")[2]
-            yield InputFile(system.unstrip_protocol(file), label, system.size(file) or 0)
+            yield InputFile(system.unstrip_protocol(file), label, system.size(file) or 0, str(system.ukey(file)))
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{name}: {error}") from error
 

@@ -84,6 +84,8 @@ class SideCarMeta:
     tokens: int
     mean_logprob: float
     """In nats a token, before rounding to the storage."""
+    values: DataIdentity | None = None
+    """The pair of the side-car itself; None in one that was made before this was noted."""
 
 
 def read_sidecar_meta(prefix: str) -> SideCarMeta | None:
@@ -101,7 +103,9 @@ def read_sidecar_meta(prefix: str) -> SideCarMeta | None:
         ):
             raise ValueError("tokenizer_sha256 or reference of another type")
         if version == FORMAT:
-            return SideCarMeta(**{**values, "data": DataIdentity(**values["data"])})
+            own = values.get("values")
+            pairs = {"data": DataIdentity(**values["data"]), "values": DataIdentity(**own) if own else None}
+            return SideCarMeta(**{**values, **pairs})
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{path}: not the description of a side-car ({error!r}); expected one of `ptrl score`"
@@ -115,11 +119,16 @@ class SideCar:
     def __init__(self, prefix: str, meta: SideCarMeta) -> None:
         self.prefix = prefix
         self.meta = meta
+        self.digest = hash_file(prefix + ".json")
+        """Another one for other values, wherever the side-car lies."""
         self._indexed = IndexedDataset(prefix)
 
     @classmethod
     def open(cls, prefix: str) -> "SideCar":
-        """Raises InputError for one that is missing, unfinished, truncated or of an unknown format."""
+        """Raises InputError for one that is missing, unfinished, truncated, changed or of an unknown format.
+
+        Reads as much as `identify`.
+        """
         meta = read_sidecar_meta(prefix)
         if meta is None:
             begun = Path(prefix + ".parts").exists()
@@ -138,6 +147,8 @@ class SideCar:
             raise InputError(
                 f"{prefix}: type, documents and tokens of the pair are {found}, {prefix}.json says {expected}; {remedy}"
             )
+        if meta.values not in (None, identify(prefix)):
+            raise InputError(f"{prefix}: the values are not those that {prefix}.json was written with; {remedy}")
         return sidecar
 
     def check(self, data: Part, tokenizer: Tokenizer) -> None:
@@ -210,6 +221,7 @@ def publish(output: str, data_prefix: str, payload: Iterable[bytes], meta: SideC
         if written != expected:
             raise InputError(f"{output}.bin: {written} bytes of values, expected {expected} for {meta.tokens} tokens")
     _write_index(output + ".idx", data_prefix, STORAGE[meta.storage])
+    meta = dataclasses.replace(meta, values=identify(output))
     with Durably(output + ".json") as stream:
         stream.write((json.dumps(dataclasses.asdict(meta), indent=1) + "\n").encode())
 
@@ -234,7 +246,7 @@ def _write_index(path: str, data_prefix: str, dtype: type) -> None:
 
 
 class Durably:
-    """A file that gets its name when it is whole and on the disk; an error inside leaves no file of that name."""
+    """A file that gets its name when it is whole and on the disk; an error inside leaves no file."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -250,3 +262,5 @@ class Durably:
         self._stream.close()
         if kind is None:
             os.replace(self._path + ".tmp", self._path)
+        else:
+            os.unlink(self._path + ".tmp")

@@ -24,9 +24,9 @@ from megatron_ptrl.data.indexed_output import (
     Progress,
     count_text,
     in_order,
-    prepare_output,
     publish,
     publish_rejects,
+    temporary_output,
 )
 from megatron_ptrl.data.tokenizer import Tokenizer, encode_in_worker, start_worker, train_tokenizer
 from megatron_ptrl.errors import InputError
@@ -48,8 +48,17 @@ def run(config: TokenizeConfig) -> None:
     Raises InputError for bad input, a corpus without a document, or with `strict` the first bad record.
     """
     files = find_files(config.input, config.output)
-    temporary = prepare_output(config.output, files)
+    with temporary_output(config.output, files) as temporary:
+        meta, text_bytes = _write(config, files, temporary)
+    print(
+        f"{config.output}: {meta.documents:,} documents, {meta.tokens:,} tokens ({meta.dtype}), "
+        f"{text_bytes / meta.tokens:.2f} bytes/token, vocabulary {meta.vocab_size:,}, "
+        f"rejected: {count_text(meta.rejected)}"
+    )
 
+
+def _write(config: TokenizeConfig, files: list[Path], temporary: dict[str, Path]) -> tuple[IndexedMeta, int]:
+    """All five files, under their names in the end; the metadata, and the bytes of text behind the tokens."""
     if config.tokenizer:
         Tokenizer(config.tokenizer, config.eod_token)
         shutil.copyfile(config.tokenizer, temporary[".tokenizer.json"])
@@ -63,11 +72,7 @@ def run(config: TokenizeConfig) -> None:
     _publish_rejects(config, meta.documents, temporary[REJECTS], meta.rejected)
     temporary[".json"].write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
     publish(config.output, temporary)
-    print(
-        f"{config.output}: {meta.documents:,} documents, {meta.tokens:,} tokens ({meta.dtype}), "
-        f"{text_bytes / meta.tokens:.2f} bytes/token, vocabulary {meta.vocab_size:,}, "
-        f"rejected: {count_text(meta.rejected)}"
-    )
+    return meta, text_bytes
 
 
 def _train(config: TokenizeConfig, files: list[Path], temporary: dict[str, Path]) -> None:

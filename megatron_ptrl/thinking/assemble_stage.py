@@ -28,9 +28,9 @@ from megatron_ptrl.data.indexed_output import (
     Progress,
     count_text,
     in_order,
-    prepare_output,
     publish,
     publish_rejects,
+    temporary_output,
 )
 from megatron_ptrl.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ptrl.errors import InputError
@@ -66,7 +66,17 @@ def run(config: AssembleConfig) -> None:
                 f"{file}: not a file of thinking; expected .jsonl, .jsonl.gz or .jsonl.zst, as `ptrl think` has them "
                 "in its folder thoughts"
             )
-    temporary = prepare_output(config.output, files)
+    with temporary_output(config.output, files) as temporary:
+        meta, thoughts, text_bytes = _write(config, files, temporary)
+    print(
+        f"{config.output}: {thoughts:,} documents with thinking as {meta.documents:,}, {meta.tokens:,} tokens "
+        f"({meta.dtype}), {text_bytes / meta.tokens:.2f} bytes/token, vocabulary {meta.vocab_size:,}, "
+        f"rejected: {count_text(meta.rejected)}"
+    )
+
+
+def _write(config: AssembleConfig, files: list[Path], temporary: dict[str, Path]) -> tuple[IndexedMeta, int, int]:
+    """All five files, under their names in the end; returns as `_write_indexed` does."""
     if config.tokenizer:
         Tokenizer(config.tokenizer, config.eod_token)
         shutil.copyfile(config.tokenizer, temporary[".tokenizer.json"])
@@ -79,11 +89,7 @@ def run(config: AssembleConfig) -> None:
     _publish_rejects(config, meta.documents, temporary[REJECTS], meta.rejected)
     temporary[".json"].write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
     publish(config.output, temporary)
-    print(
-        f"{config.output}: {thoughts:,} documents with thinking as {meta.documents:,}, {meta.tokens:,} tokens "
-        f"({meta.dtype}), {text_bytes / meta.tokens:.2f} bytes/token, vocabulary {meta.vocab_size:,}, "
-        f"rejected: {count_text(meta.rejected)}"
-    )
+    return meta, thoughts, text_bytes
 
 
 class _Rejects:

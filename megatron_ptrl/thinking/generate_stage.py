@@ -18,8 +18,9 @@ from megatron_ptrl.config import ThinkConfig
 from megatron_ptrl.data.input_parts import InputFile, Position, Unreadable, read_part
 from megatron_ptrl.records import Document, Thought, to_line
 from megatron_ptrl.thinking.generators import GenerationError, Generator, Reply, Request
-from megatron_ptrl.thinking.journal import Journal
+from megatron_ptrl.thinking.journal import Journal, Source
 from megatron_ptrl.thinking.prompts import Cut, Template
+from megatron_ptrl.thinking.same_corpus import PartDigest, digest_of
 
 OPEN, CLOSE = "<think>", "</think>"
 SECONDS_BETWEEN_LINES = 10.0
@@ -31,6 +32,7 @@ class _Item:
     record: Document | Unreadable
     repeats: bool
     """Whether its file had the id before."""
+    digest: bytes
 
 
 def seed_of(run_seed: int, document_id: str) -> int:
@@ -74,16 +76,18 @@ class Think:
         """thoughts, and rejects by reason, of this run."""
         self._start = self._last_line = time.monotonic()
 
-    async def run(self, files: tuple[InputFile, ...], journal: Journal) -> None:
-        """Give every record of the part that is not in the journal its line there.
+    async def run(self, files: tuple[InputFile, ...], journal: Journal) -> Source:
+        """Give every record of the part that is not in the journal its line there; returns what the records were.
 
-        Raises GeneratorUnusable, or InputError for a damaged file; the journal keeps what was done until then.
+        Raises GeneratorUnusable, or InputError for a damaged file and one that has changed; the journal keeps what was
+        done until then.
         """
-        documents = self._left(files, journal)
+        whole = PartDigest()
+        documents = self._left(files, journal, whole)
 
         async def work() -> None:
             for position, document in documents:
-                journal.add(position, *await self._outcome(document))
+                journal.add(position, document.digest, *await self._outcome(document))
                 self._progress()
 
         workers = [asyncio.create_task(work()) for _ in range(self._tasks)]
@@ -93,9 +97,12 @@ class Think:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+        return whole.source(files)
 
-    def _left(self, files: tuple[InputFile, ...], journal: Journal) -> Iterator[tuple[Position, _Item]]:
-        """What the journal lacks."""
+    def _left(
+        self, files: tuple[InputFile, ...], journal: Journal, whole: PartDigest
+    ) -> Iterator[tuple[Position, _Item]]:
+        """What the journal lacks; `whole` is told of every record."""
         seen: set[bytes] = set()
         current = -1
         for position, record in read_part(files, self._config.text_field):
@@ -103,14 +110,16 @@ class Think:
                 current = position[0]
                 seen.clear()
             file = files[current]
+            content = digest_of(record)
+            whole.add(content)
             if isinstance(record, Unreadable):
-                item = _Item(f"{file.label}:{record.line}", record, False)
+                item = _Item(f"{file.label}:{record.line}", record, False, content)
             else:
                 name = self._id(record, file)
                 digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=10).digest()
-                item = _Item(name, record, digest in seen)
+                item = _Item(name, record, digest in seen, content)
                 seen.add(digest)
-            if position not in journal:
+            if not journal.has(position, content):
                 yield position, item
 
     def _id(self, document: Document, file: InputFile) -> str:

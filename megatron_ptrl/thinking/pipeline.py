@@ -24,6 +24,7 @@ from megatron_ptrl.thinking.generate_stage import Think
 from megatron_ptrl.thinking.generators import check_generator, make_generator
 from megatron_ptrl.thinking.journal import Journal
 from megatron_ptrl.thinking.prompts import load_template, make_cut
+from megatron_ptrl.thinking.same_corpus import check_unchanged
 
 
 def run(config: ThinkConfig) -> None:
@@ -41,6 +42,8 @@ def run(config: ThinkConfig) -> None:
     begin(output, _plan(config, parts, template.name))
     journals = [Journal(output, number) for number in range(len(parts))]
     left = [number for number, journal in enumerate(journals) if not journal.is_finished]
+    for number in sorted(set(range(len(parts))) - set(left)):
+        check_unchanged(parts[number], journals[number], config.text_field)
     if left:
         execute(
             ThinkStep(config, parts, left),
@@ -116,7 +119,6 @@ class ThinkStep(PartStep):
             for number in share:
                 with Journal(Path(config.output), number) as journal:
                     if not journal.is_finished:
-                        await think.run(self._parts[number], journal)
-                        journal.publish()
+                        journal.publish(await think.run(self._parts[number], journal))
         finally:
             await generator.close()

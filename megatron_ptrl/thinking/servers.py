@@ -127,7 +127,14 @@ class Servers:
                         failed.reason, f"{failed.detail}, after {attempts + busy} requests", retryable=True
                     ) from None
                 wait = min(LONGEST_PAUSE, self._config.backoff * 2 ** (tries - 1)) * random.uniform(0.5, 1.5)
-                await asyncio.sleep(wait)
+                await self._pause(wait)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait before another attempt, but not beyond the patience."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while (now := loop.time()) < end:
+            await asyncio.sleep(min(end - now, self._check_patience(now)))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -164,7 +171,8 @@ class Servers:
                         "start one, or set server.model"
                     )
                 if self._model is None:
-                    await asyncio.sleep(min(LONGEST_PAUSE, self._config.patience / 10))
+                    left = max(deadline - loop.time(), 0.05)
+                    await asyncio.sleep(min(LONGEST_PAUSE, self._config.patience / 10, left))
         return self._model
 
     async def _model_of(self, server: Server) -> tuple[str | None, str]:

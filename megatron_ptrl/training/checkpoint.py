@@ -1,15 +1,17 @@
 """Weights, optimizer, schedule, random state and data position -> a checkpoint directory, and back, exactly.
 
 A checkpoint is written under a hidden name and renamed when every rank is done and `run.json`, which lists every file
-with its size, is on the disk. So a directory with a proper name is whole unless somebody cut a file later, and that
-is what `newest_whole` looks for. All ranks must see the same file system.
+with its size, is on the disk. So a directory with a proper name is whole unless somebody cut or damaged a file later,
+and that is what `newest_whole` looks for. All ranks must see the same file system.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_ptrl.config import CheckpointConfig
+from megatron_ptrl.data.sidecar import hash_file
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.training.damage import WRITTEN_BY_RANKS, find_damaged
 from megatron_ptrl.training.mcore import gather_weights, unwrap
 from megatron_ptrl.training.optimizer import fill_adam_state, load_optimizer
 
@@ -55,7 +59,9 @@ class Found:
 
 
 def newest_whole(directory: Path) -> Found:
-    """The checkpoint with the highest step whose every file has the size that was written."""
+    """The checkpoint with the highest step whose every file has the size that was written, and the small ones are as
+    they were.
+    """
     named = [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)]
     candidates = [directory] if _NAME.fullmatch(directory.name) else named
     passed_over = [f"{path}: its save was cut short" for path in sorted(directory.glob(_PARTIALS))]
@@ -80,6 +86,9 @@ def _defect(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes of {size}"
+    for name, digest in manifest.get("sha256", {}).items():
+        if hash_file(path / name) != digest:
+            return f"{name} has changed since it was written"
     return None
 
 
@@ -89,9 +98,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, progress: Progress, about: dict[str, Any], layout: dict[str, int]) -> None:
-    """List the files of a checkpoint, which are all there, with their sizes; from then on it is whole."""
+    """List the files of a checkpoint, which are all there, with their sizes; from then on it is whole.
+
+    Those that are not the ranks' have their digests, too: what reading one that changed leads to is no one error.
+    """
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-    manifest = {**dataclasses.asdict(progress), **about, "layout": layout, "files": files}
+    digests = {name: hash_file(folder / name) for name in files if not name.endswith(WRITTEN_BY_RANKS)}
+    manifest = {**dataclasses.asdict(progress), **about, "layout": layout, "files": files, "sha256": digests}
     _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -211,10 +224,26 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     ]
     for part, name in absent:
         del wanted[part][name]
-    values = dist_checkpointing.load(wanted, str(path))
+    with _told_when_damaged(path):
+        values = dist_checkpointing.load(wanted, str(path))
     for part, name in absent:
         values[part][name] = None
     return values
+
+
+@contextlib.contextmanager
+def _told_when_damaged(path: Path) -> Iterator[None]:
+    """An InputError in place of torch's, which all ranks raise, where a file of the ranks is the reason."""
+    try:
+        yield
+    except CheckpointException as error:
+        file = find_damaged(path)
+        if file is None:
+            raise
+        steps = (folder for folder in path.parent.glob("step_*") if _NAME.fullmatch(folder.name) and folder < path)
+        before = next((str(folder) for folder in sorted(steps, reverse=True) if _defect(folder) is None), None)
+        previous = f"the one before it is {before}" if before else "there is none before it"
+        raise InputError(f"{path / file} is damaged; remove {path}, {previous}") from error
 
 
 def _sharded_weights(chunks: list[Any]) -> dict[str, Any]:

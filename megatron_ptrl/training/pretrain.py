@@ -13,7 +13,7 @@ from megatron_ptrl.data.batches import Samples, build_datasets, unigram_cross_en
 from megatron_ptrl.data.indexed import count_tokens, load_blend, resolve_tokenizer
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.training import layers, loop, mcore, plan
+from megatron_ptrl.training import checkpoint, layers, loop, mcore, plan
 from megatron_ptrl.training.generate import generate
 from megatron_ptrl.training.layout import Layout, check_launched, check_layout
 from megatron_ptrl.training.online_reference import MANIFEST_KEY, OnlineReference, find_reference
@@ -24,6 +24,9 @@ from megatron_ptrl.training.summary import summary
 from megatron_ptrl.training.token_log import TokenLog
 from megatron_ptrl.training.token_log import lines as token_lines
 from megatron_ptrl.training.weighting import TokenWeighting
+
+SIDECARS_KEY = "sidecars"
+"""Of a checkpoint's manifest: the digests of the side-cars, in the order of the training data."""
 
 
 def run(config: PretrainConfig) -> None:
@@ -105,10 +108,19 @@ class Pretraining(SampledRun):
         if config.remit.online:
             self.reference, path, notes = OnlineReference.load(config, self.tokenizer, self.layout.world_size)
             self.about[MANIFEST_KEY] = str(path.resolve())
+        if self.train_data.sidecars:
+            notes += self._compare_sidecars([sidecar.digest for sidecar in self.train_data.sidecars])
         if config.remit.unused:
             unused = f"{config.remit.unused} is not used: remit.weighting is none, every token has the same weight"
             notes = [unused, *notes]
         return notes
+
+    def _compare_sidecars(self, digests: list[str]) -> list[str]:
+        """A note where the run had others when it was saved."""
+        self.about[SIDECARS_KEY] = digests
+        begun = checkpoint.find_on_rank_0(self.checkpoints).path
+        before = checkpoint.read_manifest(begun).get(SIDECARS_KEY, digests) if begun else digests
+        return [] if before == digests else ["remit.sidecar has other values than when the checkpoint was saved"]
 
     def _step(self) -> Figures:
         step = self.progress.step + 1

@@ -10,6 +10,7 @@ from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint
 from megatron_ptrl.training.checkpoint import Progress
+from megatron_ptrl.training.frozen import check_padding
 
 # Other fields of the model (dropout, recomputation, fusions, the pipeline split) may change from run to run.
 _DEFINE_THE_MODEL = (
@@ -30,7 +31,8 @@ _MUST_STAY = {
     "parallel.distributed_optimizer": "Megatron-Core cannot convert the two forms",
 }
 _SECTIONS = ("data", "loss", "optimizer", "train", "remit", "prompts", "rollout", "policy", "judge")
-_NO_EFFECT = ("cache", "micro_batch", "offload_reference", "top_tokens")
+# Side-cars are compared by what they hold, not by where they lie.
+_NO_EFFECT = ("cache", "micro_batch", "offload_reference", "top_tokens", "sidecar")
 _ORDER_SAMPLES = (
     "data.train",
     "data.valid",
@@ -128,7 +130,10 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 def check_same_model(path: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """InputError unless the checkpoint at `path` holds the model of this run, trained with its tokenizer."""
+    """InputError unless the checkpoint at `path` holds the model of this run, trained with its tokenizer.
+
+    Padding of the vocabulary is part of the model, unless the loss leaves it out.
+    """
     manifest, mine = checkpoint.read_manifest(path), describe(config, tokenizer)
     saved = {name: manifest["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": manifest["vocab_size"]}
     here = {name: mine["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": mine["vocab_size"]}
@@ -143,6 +148,9 @@ def check_same_model(path: Path, config: RunConfig, tokenizer: Tokenizer) -> Non
             f"{path} was trained with another tokenizer (sha256 {manifest['tokenizer'][:12]}) than {tokenizer.path} "
             f"({mine['tokenizer'][:12]}); tokenize the data with that one, by --tokenizer"
         )
+    # Megatron-Core fills columns that the checkpoint lacks with zeros and goes on.
+    if not config.loss.mask_padding:
+        check_padding(path, manifest, config, "checkpoint")
 
 
 def _check_settings(path: Path, config: RunConfig) -> list[str]:

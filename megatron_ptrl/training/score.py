@@ -228,7 +228,7 @@ def model_settings(config: ScoreConfig, manifest: dict[str, Any], world_size: in
 def _identity(meta: SideCarMeta) -> dict[str, Any]:
     """What two scorings with the same values have in common, as JSON holds it."""
     plan = dataclasses.asdict(meta)
-    del plan["mean_logprob"]
+    del plan["mean_logprob"], plan["values"]
     plan["reference"] = {name: plan["reference"].get(name) for name in ("sha256", "precision")}
     return plan
 
