@@ -21,7 +21,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from megatron_ptrl.config import ConvertConfig, PretrainConfig
 from megatron_ptrl.conversion import torch_dist
 from megatron_ptrl.conversion.hf_input import divisor, parsed, write_settings
-from megatron_ptrl.conversion.megatron_args import CONTENT, args_of, cannot_continue, settings_of
+from megatron_ptrl.conversion.megatron_args import CONTENT, args_of, cannot_continue, flags_beyond_args, settings_of
 from megatron_ptrl.conversion.megatron_tensors import check_tensors
 from megatron_ptrl.conversion.torch_dist import COMMON, Reader
 from megatron_ptrl.conversion.weights import empty_objects
@@ -188,7 +188,8 @@ def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
     torch_dist.copy(reader, output / name, common, lambda key: True, objects=sorted(objects.items()))
     (output / TRACKER).write_text("release" if weights_only else str(manifest["step"]))
     what = "weights" if weights_only else f"iteration {manifest['step']} with its optimizer"
-    return "\n".join([*notes, f"{final}: {path} for Megatron-LM, {what}: --load {final} --ckpt-format torch_dist"])
+    flags = f"--load {final} --ckpt-format torch_dist --use-checkpoint-args {flags_beyond_args(run)}"
+    return "\n".join([*notes, f"{final}: {path} for Megatron-LM, {what}", f"  {flags}"])
 
 
 def _run_of(manifest: dict[str, Any], path: Path) -> PretrainConfig:
