@@ -3,6 +3,7 @@
 Beyond what the host layer answers for Megatron-Core, `megatron.training` asserts that there is CUDA and compiles
 kernels for it, and its newer versions take a name from `typing` that Python has from 3.12 on.
 
+With FUSED_ADAM in the environment it finds an optimizer where Apex's would be.
 With CHECK_ALIGNMENT in the environment every training batch must carry -(label + 1) / 1024 as its log-probabilities.
 """
 
@@ -12,6 +13,7 @@ import runpy
 import sys
 import typing
 
+import fused_adam
 import torch
 import typing_extensions
 
@@ -47,6 +49,8 @@ def check_alignment() -> None:
 if __name__ == "__main__":
     mode, checkout, script, *arguments = sys.argv[1:]
     sys.path.insert(0, checkout)
+    if "FUSED_ADAM" in os.environ:
+        fused_adam.install()
     stand_in()
     if "CHECK_ALIGNMENT" in os.environ:
         check_alignment()

@@ -72,6 +72,8 @@ def arguments(config: Any) -> Namespace:
         pipeline_model_parallel_size=1,
         world_size=config.parallel.tp,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        data_path=["somewhere"],
+        split=config.data.split.replace(",", " / "),
     )
 
 
@@ -111,12 +113,13 @@ def of_the_data(settings: Settings) -> Settings:
 def test_a_run_of_megatron_lm_goes_on_here(ranks, prefix, tmp_path, kind):
     world_size, options, sharding = KINDS[kind]
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    settings = tiny_config(prefix, tmp_path / "whole", train__steps=STEPS, **options)
+    settings = tiny_config(prefix, tmp_path / "whole", train__steps=STEPS, data__split="60,30,10", **options)
     ranks.run(world_size, saves_as_megatron_lm, settings, str(theirs), sharding, {})
     told = convert(ranks, theirs, ours, "--tokenizer", f"{prefix}.tokenizer.json")
     assert "continuing at step 3 after 24 samples" in told
     # Its tokenizer is a copy of the data's.
     continued = {"config": str(ours / "config.yaml"), **of_the_data(settings), "run_dir": str(ours)}
+    del continued["data.split"]  # config.yaml has it
     rows = run_tiny(ranks, world_size, continued)
     assert rows == read_metrics(tmp_path / "whole")[SAVED:] and len(rows) == STEPS - SAVED
     assert "the random state of dropout starts anew" in (ours / "log.txt").read_text()
@@ -132,6 +135,11 @@ def test_a_run_of_ours_goes_on_in_megatron_lm(ranks, prefix, tmp_path, kind):
     shutil.rmtree(ours / "checkpoints" / f"step_{STEPS:08d}")
     told = convert(ranks, ours, theirs, "--to", "megatron_lm")
     assert "iteration 3 with its optimizer" in told
+    assert told.endswith("--use-checkpoint-args --norm-epsilon 1e-06 --qk-layernorm\n")
+    common = torch.load(theirs / "iter_0000003" / "common.pt", weights_only=False)
+    assert common["args"].add_position_embedding  # as Megatron-LM's flag has it by default
+    if options.get("parallel__tp"):
+        assert [repr(group["step"]) for group in common["optimizer"]["optimizer"]["param_groups"]] == ["3", "3"]
     continued = {**settings, "run_dir": str(tmp_path / "continued")}
     answers = ranks.run(world_size, goes_on_as_megatron_lm, continued, str(theirs))
     assert answers == [(SAVED, SAVED * 8)] * world_size

@@ -20,7 +20,10 @@ OF_THE_RUN = f"""--train-iters {STEPS} --global-batch-size {BATCH} --lr 2e-3 --l
 OF_THE_MODEL = """--normalization RMSNorm --qk-layernorm --swiglu --disable-bias-linear --group-query-attention
     --num-query-groups 2 --ffn-hidden-size 128""".split()
 DISTRIBUTED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
-KINDS = {"plain optimizer": (1, ()), "distributed optimizer, tp 2": (2, (*TP, *DISTRIBUTED))}
+KINDS: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
+    "plain optimizer": (1, (), {}),
+    "distributed optimizer, tp 2": (2, (*TP, *DISTRIBUTED), {"FUSED_ADAM": "1"}),
+}
 LINE = re.compile(r" iteration +(\d+)/.* consumed samples: +(\d+) .* lm loss: ([-+.0-9E]+) .* grad norm: ([.0-9]+) ")
 
 
@@ -55,11 +58,11 @@ def data_flags(prefix: str, cache: Path) -> list[str]:
 @pytest.mark.parametrize("checkout", CHECKOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_megatron_lm_goes_on_here(checkout, kind, ranks, prefix, tmp_path):
-    world_size, layout = KINDS[kind]
+    world_size, layout, environment = KINDS[kind]
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     flags = [*OF_THE_MODEL, *OF_THE_RUN, *data_flags(prefix, tmp_path), *layout]
     flags += ["--save", str(theirs), "--save-interval", str(SAVED)]
-    whole = rows_of(launch(checkout, "plain", tuple(flags), world_size))
+    whole = rows_of(launch(checkout, "plain", tuple(flags), world_size, **environment))
     told = convert(ranks, theirs / f"iter_{SAVED:07d}", ours, "--tokenizer", f"{prefix}.tokenizer.json")
     assert f"continuing at step {SAVED} after {SAVED * BATCH} samples" in told
     continued = {"config": str(ours / "config.yaml"), "run_dir": str(ours), "data.train": [prefix]}
@@ -70,7 +73,7 @@ def test_a_run_of_megatron_lm_goes_on_here(checkout, kind, ranks, prefix, tmp_pa
 @pytest.mark.parametrize("checkout", CHECKOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_ours_goes_on_there(checkout, kind, ranks, prefix, tmp_path):
-    world_size, layout = KINDS[kind]
+    world_size, layout, environment = KINDS[kind]
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     settings = tiny_config(prefix, ours, train__steps=STEPS, checkpoint__save_every=SAVED, model__num_layers=2)
     settings |= {"data.split": "90,10", "data.tokenizer": f"{prefix}.tokenizer.json"}
@@ -81,4 +84,4 @@ def test_a_run_of_ours_goes_on_there(checkout, kind, ranks, prefix, tmp_path):
     assert f"iteration {SAVED} with its optimizer" in told
     # The model is what the checkpoint says, and the flags that were printed.
     flags = [*OF_THE_RUN, *data_flags(prefix, tmp_path), *layout, *told.splitlines()[-1].split()]
-    assert_goes_on(rows_of(launch(checkout, "plain", tuple(flags), world_size)), whole)
+    assert_goes_on(rows_of(launch(checkout, "plain", tuple(flags), world_size, **environment)), whole)

@@ -30,6 +30,7 @@ from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint
 from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.frozen import check_vocabulary, model_of, tokenizer_of
+from megatron_ptrl.training.optimizer import whole_steps
 from megatron_ptrl.training.resume import describe, find_source
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -178,6 +179,7 @@ def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
     common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": manifest["step"], CONTENT: content}
     if not weights_only:
         ours = read_common(path)
+        whole_steps(ours["optimizer"])
         common |= {"optimizer": ours["optimizer"], "opt_param_scheduler": ours["run"]["scheduler"]}
     name = "release" if weights_only else f"iter_{manifest['step']:07d}"
     (output / name).mkdir()
