@@ -12,6 +12,7 @@ import os
 import runpy
 import sys
 import typing
+from multiprocessing import spawn
 
 import fused_adam
 import torch
@@ -28,6 +29,16 @@ def stand_in() -> None:
         from megatron.legacy import fused_kernels
 
         fused_kernels.load = lambda args: None
+
+
+def spawn_without_script() -> None:
+    """Megatron's writer of checkpoints starts a process that would import the script, without what stands in here."""
+    prepare = spawn.get_preparation_data
+
+    def prepared(name: str) -> dict[str, typing.Any]:
+        return {key: value for key, value in prepare(name).items() if not key.startswith("init_main")}
+
+    spawn.get_preparation_data = prepared
 
 
 def check_alignment() -> None:
@@ -52,6 +63,7 @@ if __name__ == "__main__":
     if "FUSED_ADAM" in os.environ:
         fused_adam.install()
     stand_in()
+    spawn_without_script()
     if "CHECK_ALIGNMENT" in os.environ:
         check_alignment()
     path = os.path.join(checkout, script)

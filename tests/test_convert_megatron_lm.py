@@ -13,7 +13,7 @@ import torch
 from test_convert import convert, ptrl
 from tiny import Settings, pretraining, read_metrics, run_tiny, tiny_config
 
-from megatron_ptrl.conversion.torch_dist import Reader
+from megatron_ptrl.conversion.torch_dist import Reader, copy, write
 from megatron_ptrl.errors import InputError
 
 STEPS, SAVED = 6, 3
@@ -105,6 +105,20 @@ def goes_on_as_megatron_lm(rank: int, world_size: int, settings: Settings, folde
         return common["iteration"], common["args"].consumed_train_samples
 
 
+COMMON_STATE = "common_state/shard_0_1"
+
+
+def as_newer_versions_save(folder: Path) -> None:
+    """Move common.pt to where Megatron-Core has it from 0.19 on: an object among the sharded ones."""
+    older = folder.with_name("older")
+    folder.rename(older)
+    folder.mkdir()
+    reader, common = Reader(older), torch.load(older / "common.pt", weights_only=False)
+    objects = [(COMMON_STATE, common), *((name, reader.read_object(name)) for name in sorted(reader.objects))]
+    copy(reader, folder, {}, lambda key: True, objects=objects)
+    (folder / "common.pt").unlink()
+
+
 def of_the_data(settings: Settings) -> Settings:
     return {name: value for name, value in settings.items() if name.startswith(("data.", "log.", "train.eval"))}
 
@@ -115,6 +129,8 @@ def test_a_run_of_megatron_lm_goes_on_here(ranks, prefix, tmp_path, kind):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     settings = tiny_config(prefix, tmp_path / "whole", train__steps=STEPS, data__split="60,30,10", **options)
     ranks.run(world_size, saves_as_megatron_lm, settings, str(theirs), sharding, {})
+    if sharding is None:
+        as_newer_versions_save(theirs / "iter_0000003")
     told = convert(ranks, theirs, ours, "--tokenizer", f"{prefix}.tokenizer.json")
     assert "continuing at step 3 after 24 samples" in told
     # Its tokenizer is a copy of the data's.
@@ -300,16 +316,22 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-def test_nothing_in_common_pt_is_run(ranks, tmp_path):
+@pytest.mark.parametrize("newer", [False, True])
+def test_nothing_in_common_pt_is_run(ranks, tmp_path, newer):
     source = tmp_path / "source"
     source.mkdir()
-    torch.save({"args": Evil(tmp_path / "touched")}, source / "common.pt")
+    evil = {"args": Evil(tmp_path / "touched")}
+    if newer:
+        write(source, [], lambda part: torch.empty(0), objects=[(COMMON_STATE, evil)], common={})
+        (source / "common.pt").unlink()
+    else:
+        torch.save(evil, source / "common.pt")
     code, told = ranks.run(1, ptrl, "convert", "--input", str(source), "--output", str(tmp_path / "out"))[0]
-    assert code == 2 and told.count("\n") == 1, told
+    assert code == 2 and told.count("\n") == 1 and "has more in it than values" in told, told
     assert not (tmp_path / "touched").exists()
 
 
 def test_a_tracker_without_its_checkpoint_and_a_checkpoint_without_a_tokenizer(ranks, prefix, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     code, told = ranks.run(1, ptrl, "convert", "--input", str(tmp_path), "--output", str(tmp_path / "out"))[0]
-    assert code == 2 and "iter_0000007 has no common.pt; expected a checkpoint" in told
+    assert code == 2 and "iter_0000007 has no .metadata; expected a checkpoint" in told
