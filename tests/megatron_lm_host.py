@@ -3,6 +3,7 @@
 Beyond what the host layer answers for Megatron-Core, `megatron.training` asserts that there is CUDA and compiles
 kernels for it, and its newer versions take a name from `typing` that Python has from 3.12 on.
 
+With FUSED_ADAM in the environment it finds an optimizer where Apex's would be.
 With CHECK_ALIGNMENT in the environment every training batch must carry -(label + 1) / 1024 as its log-probabilities.
 """
 
@@ -11,7 +12,9 @@ import os
 import runpy
 import sys
 import typing
+from multiprocessing import spawn
 
+import fused_adam
 import torch
 import typing_extensions
 
@@ -26,6 +29,16 @@ def stand_in() -> None:
         from megatron.legacy import fused_kernels
 
         fused_kernels.load = lambda args: None
+
+
+def spawn_without_script() -> None:
+    """Megatron's writer of checkpoints starts a process that would import the script, without what stands in here."""
+    prepare = spawn.get_preparation_data
+
+    def prepared(name: str) -> dict[str, typing.Any]:
+        return {key: value for key, value in prepare(name).items() if not key.startswith("init_main")}
+
+    spawn.get_preparation_data = prepared
 
 
 def check_alignment() -> None:
@@ -47,7 +60,10 @@ def check_alignment() -> None:
 if __name__ == "__main__":
     mode, checkout, script, *arguments = sys.argv[1:]
     sys.path.insert(0, checkout)
+    if "FUSED_ADAM" in os.environ:
+        fused_adam.install()
     stand_in()
+    spawn_without_script()
     if "CHECK_ALIGNMENT" in os.environ:
         check_alignment()
     path = os.path.join(checkout, script)

@@ -5,10 +5,12 @@ import re
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fused_adam import FusedAdam
 from ranks import RankError, Ranks
 from tiny import Settings, assert_close_metrics, pretraining, read_metrics, run_tiny, tiny_config
 
@@ -79,6 +81,21 @@ def saved_and_loaded(rank: int, world_size: int, settings: Settings) -> tuple[li
         if not (path in before and path in after and _equal(before[path], after[path]))
     ]
     return sorted(unequal), len(before)
+
+
+def loads_into_a_fused_adam(rank: int, world_size: int) -> Any:
+    """The step that reaches an optimizer of Apex's kind from a checkpoint that torch's wrote."""
+    from megatron_ptrl.training.optimizer import load_optimizer
+
+    inner = FusedAdam([torch.nn.Parameter(torch.ones(2))], 1e-3, 0.1, (0.9, 0.95), 1e-8, adam_w_mode=True)
+    loaded: list[dict[str, Any]] = []
+    part = SimpleNamespace(optimizer=inner, param_groups=inner.param_groups, load_state_dict=loaded.append)
+    load_optimizer(part, {"optimizer": {"param_groups": [{"step": 3.0}]}, "param_state": {}})  # type: ignore[arg-type]
+    return loaded[0]["optimizer"]["param_groups"][0]["step"]
+
+
+def test_a_fused_adam_gets_a_whole_step(ranks):
+    assert repr(ranks.run(1, loads_into_a_fused_adam)[0]) == "3"
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from test_convert import convert, ptrl
 from tiny import Settings, pretraining, read_metrics, run_tiny, tiny_config
 
-from megatron_ptrl.conversion.torch_dist import Reader
+from megatron_ptrl.conversion.torch_dist import Reader, copy, write
 from megatron_ptrl.errors import InputError
 
 STEPS, SAVED = 6, 3
@@ -72,6 +72,8 @@ def arguments(config: Any) -> Namespace:
         pipeline_model_parallel_size=1,
         world_size=config.parallel.tp,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        data_path=["somewhere"],
+        split=config.data.split.replace(",", " / "),
     )
 
 
@@ -103,6 +105,20 @@ def goes_on_as_megatron_lm(rank: int, world_size: int, settings: Settings, folde
         return common["iteration"], common["args"].consumed_train_samples
 
 
+COMMON_STATE = "common_state/shard_0_1"
+
+
+def as_newer_versions_save(folder: Path) -> None:
+    """Move common.pt to where Megatron-Core has it from 0.19 on: an object among the sharded ones."""
+    older = folder.with_name("older")
+    folder.rename(older)
+    folder.mkdir()
+    reader, common = Reader(older), torch.load(older / "common.pt", weights_only=False)
+    objects = [(COMMON_STATE, common), *((name, reader.read_object(name)) for name in sorted(reader.objects))]
+    copy(reader, folder, {}, lambda key: True, objects=objects)
+    (folder / "common.pt").unlink()
+
+
 def of_the_data(settings: Settings) -> Settings:
     return {name: value for name, value in settings.items() if name.startswith(("data.", "log.", "train.eval"))}
 
@@ -111,12 +127,15 @@ def of_the_data(settings: Settings) -> Settings:
 def test_a_run_of_megatron_lm_goes_on_here(ranks, prefix, tmp_path, kind):
     world_size, options, sharding = KINDS[kind]
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    settings = tiny_config(prefix, tmp_path / "whole", train__steps=STEPS, **options)
+    settings = tiny_config(prefix, tmp_path / "whole", train__steps=STEPS, data__split="60,30,10", **options)
     ranks.run(world_size, saves_as_megatron_lm, settings, str(theirs), sharding, {})
+    if sharding is None:
+        as_newer_versions_save(theirs / "iter_0000003")
     told = convert(ranks, theirs, ours, "--tokenizer", f"{prefix}.tokenizer.json")
     assert "continuing at step 3 after 24 samples" in told
     # Its tokenizer is a copy of the data's.
     continued = {"config": str(ours / "config.yaml"), **of_the_data(settings), "run_dir": str(ours)}
+    del continued["data.split"]  # config.yaml has it
     rows = run_tiny(ranks, world_size, continued)
     assert rows == read_metrics(tmp_path / "whole")[SAVED:] and len(rows) == STEPS - SAVED
     assert "the random state of dropout starts anew" in (ours / "log.txt").read_text()
@@ -132,6 +151,11 @@ def test_a_run_of_ours_goes_on_in_megatron_lm(ranks, prefix, tmp_path, kind):
     shutil.rmtree(ours / "checkpoints" / f"step_{STEPS:08d}")
     told = convert(ranks, ours, theirs, "--to", "megatron_lm")
     assert "iteration 3 with its optimizer" in told
+    assert told.endswith("--use-checkpoint-args --norm-epsilon 1e-06 --qk-layernorm\n")
+    common = torch.load(theirs / "iter_0000003" / "common.pt", weights_only=False)
+    assert common["args"].add_position_embedding  # as Megatron-LM's flag has it by default
+    if options.get("parallel__tp"):
+        assert [repr(group["step"]) for group in common["optimizer"]["optimizer"]["param_groups"]] == ["3", "3"]
     continued = {**settings, "run_dir": str(tmp_path / "continued")}
     answers = ranks.run(world_size, goes_on_as_megatron_lm, continued, str(theirs))
     assert answers == [(SAVED, SAVED * 8)] * world_size
@@ -292,16 +316,22 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-def test_nothing_in_common_pt_is_run(ranks, tmp_path):
+@pytest.mark.parametrize("newer", [False, True])
+def test_nothing_in_common_pt_is_run(ranks, tmp_path, newer):
     source = tmp_path / "source"
     source.mkdir()
-    torch.save({"args": Evil(tmp_path / "touched")}, source / "common.pt")
+    evil = {"args": Evil(tmp_path / "touched")}
+    if newer:
+        write(source, [], lambda part: torch.empty(0), objects=[(COMMON_STATE, evil)], common={})
+        (source / "common.pt").unlink()
+    else:
+        torch.save(evil, source / "common.pt")
     code, told = ranks.run(1, ptrl, "convert", "--input", str(source), "--output", str(tmp_path / "out"))[0]
-    assert code == 2 and told.count("\n") == 1, told
+    assert code == 2 and told.count("\n") == 1 and "has more in it than values" in told, told
     assert not (tmp_path / "touched").exists()
 
 
 def test_a_tracker_without_its_checkpoint_and_a_checkpoint_without_a_tokenizer(ranks, prefix, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     code, told = ranks.run(1, ptrl, "convert", "--input", str(tmp_path), "--output", str(tmp_path / "out"))[0]
-    assert code == 2 and "iter_0000007 has no common.pt; expected a checkpoint" in told
+    assert code == 2 and "iter_0000007 has no .metadata; expected a checkpoint" in told

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,15 @@ def parsed(*flags: str, **megatrons: Any) -> argparse.Namespace:
     return argparse.Namespace(**vars(args), **megatrons)
 
 
+class Scope(Enum):
+    """Megatron-Core's CudaGraphScope, in which full_iteration_inference is another one than full_iteration."""
+
+    full_iteration = 1
+    attn = 2
+    full_iteration_inference = 3
+
+
+SCOPE = "--cuda-graph-scope full_iteration with --ptrl-remit-sidecar: its batches come from buffers"
 SIDECAR = ("--ptrl-remit-sidecar", "x")
 
 
@@ -153,6 +163,9 @@ SIDECAR = ("--ptrl-remit-sidecar", "x")
         (parsed(logits_load_dir="teacher"), "--logits-load-dir teacher with megatron_ptrl: distillation"),
         (parsed(*SIDECAR, sft=True), "--sft with --ptrl-remit-sidecar"),
         (parsed(*SIDECAR, cuda_graph_impl="full_iteration"), "--cuda-graph-impl full_iteration with"),
+        (parsed(*SIDECAR, cuda_graph_impl="local", cuda_graph_scope=[Scope.attn, Scope.full_iteration]), SCOPE),
+        (parsed(*SIDECAR, cuda_graph_impl="local", cuda_graph_scope=Scope.full_iteration), SCOPE),
+        (parsed(*SIDECAR, cuda_graph_impl="local", cuda_graph_scope="attn,full_iteration"), SCOPE),
     ],
 )
 def test_refused_settings(args, message):
@@ -163,4 +176,8 @@ def test_refused_settings(args, message):
 
 def test_allowed_settings():
     check_args(parsed(sft=True, cross_entropy_fusion_impl="te", mock_data=True, logits_load_dir=None))
+    check_args(parsed(cuda_graph_impl="full_iteration"))
+    check_args(parsed(*SIDECAR, cuda_graph_impl="none", cuda_graph_scope=[Scope.full_iteration]))
+    for scope in ([], [Scope.attn, Scope.full_iteration_inference], "full"):
+        check_args(parsed(*SIDECAR, cuda_graph_impl="local", cuda_graph_scope=scope))
     check_args(parsed(*SIDECAR, cuda_graph_impl="local", sft=False, cross_entropy_fusion_impl="native"))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from sidecars import write_by_token
 
 from megatron_ptrl import RewardShaping
 from megatron_ptrl.errors import InputError
@@ -136,7 +137,7 @@ def test_bridge_has_what_the_provider_uses():
     assert [argument.arg for argument in pretrain.args.args][:2] == ["config", "forward_step_func"]
 
 
-def bridged(rank: int, world_size: int) -> Any:
+def bridged(rank: int, world_size: int, sidecar: str) -> Any:
     """The provider around a step of Bridge's shape: its signature, what it hands on, what is active, a refusal."""
     from megatron_ptrl.training import host
 
@@ -157,9 +158,12 @@ def bridged(rank: int, world_size: int) -> Any:
         active = core_loss._active
         assert active is not None
         refusals = []
-        for settings in ({"overlap_moe_expert_parallel_comm": True}, {"cross_entropy_fusion_impl": "linear"}):
+        graph = {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}
+        megatron_bridge.forward_step(SHAPING, inner=inner)(state(**graph), "batches", "model")
+        for settings in ({"overlap_moe_expert_parallel_comm": True}, {"cross_entropy_fusion_impl": "linear"}, graph):
             try:
-                megatron_bridge.forward_step(SHAPING, inner=inner)(state(**settings), "batches", "model")
+                weighted = megatron_bridge.forward_step(SHAPING, remit_sidecar=[sidecar], inner=inner)
+                weighted(state(**settings), "batches", "model")
             except InputError as error:
                 refusals.append(str(error))
         return list(inspect.signature(step).parameters), handed_on, active.shaping, active.vocab_size(), refusals
@@ -167,8 +171,10 @@ def bridged(rank: int, world_size: int) -> Any:
         core_loss.stop()
 
 
-def test_bridge_provider(ranks):
-    parameters, handed_on, shaping, vocab_size, refusals = ranks.run(1, bridged)[0]
+def test_bridge_provider(ranks, prefix, tmp_path):
+    sidecar = write_by_token(prefix, str(tmp_path / "scores"))
+    parameters, handed_on, shaping, vocab_size, refusals = ranks.run(1, bridged, sidecar)[0]
     assert parameters == ["state", "data_iterator", "model", "return_schedule_plan"]
     assert handed_on == ("batches", "model", False) and shaping == SHAPING and vocab_size == 77
-    assert len(refusals) == 2 and "loss mask" in refusals[0] and "no logits" in refusals[1]
+    assert len(refusals) == 3 and "loss mask" in refusals[0] and "no logits" in refusals[1]
+    assert "model.cuda_graph_scope full_iteration with remit_sidecar: its batches come from buffers" in refusals[2]

@@ -107,6 +107,7 @@ def write_settings(output: Path, run: PretrainConfig, *, whole: bool = False) ->
         "train": {"precision": run.train.precision},
     }
     if whole:
+        shared["data"]["split"] = run.data.split
         shared |= {name: dataclasses.asdict(getattr(run, name)) for name in ("train", "optimizer", "parallel")}
     (output / "config.yaml").write_text(yaml.safe_dump(shared, sort_keys=False))
 

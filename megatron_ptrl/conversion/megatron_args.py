@@ -1,5 +1,6 @@
 """Megatron-LM's arguments, as its checkpoints hold them, <-> our settings. What our model is not is refused by name."""
 
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def settings_of(args: Namespace, where: Path) -> dict[str, dict[str, Any]]:
             "rotary_base": int(told.get("rotary_base", 10000)),
             "rope_scaling_factor": told.get("rope_scaling_factor", 8.0) if told.get("use_rope_scaling") else None,
         },
-        "data": {"seq_length": args.seq_length},
+        "data": {"seq_length": args.seq_length, **_split(told)},
         "train": {
             "precision": "bf16" if told.get("bf16") else "fp32",
             "global_batch": args.global_batch_size,
@@ -91,6 +92,13 @@ def settings_of(args: Namespace, where: Path) -> dict[str, dict[str, Any]]:
             "distributed_optimizer": bool(told.get("use_distributed_optimizer")),
         },
     }
+
+
+def _split(told: dict[str, Any]) -> dict[str, str]:
+    """Which documents were trained on decides their order, too. Megatron-LM takes any separators between the shares."""
+    if not told.get("data_path") or not told.get("split"):
+        return {}
+    return {"split": ",".join(re.findall(r"[.0-9]+", told["split"]))}
 
 
 def _optimizer(told: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -174,7 +182,8 @@ def args_of(run: PretrainConfig, vocab_size: int, layout: dict[str, int], progre
         attention_dropout=model.attention_dropout,
         untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
         position_embedding_type="rope",
-        add_position_embedding=False,
+        # Compared with the flag's default, which changes nothing for a model with rope.
+        add_position_embedding=True,
         use_rotary_position_embeddings=False,
         rotary_base=model.rotary_base,
         rotary_percent=1.0,
@@ -219,3 +228,14 @@ def args_of(run: PretrainConfig, vocab_size: int, layout: dict[str, int], progre
         # Our random state has another form; without this Megatron-LM would ask for its own.
         no_save_rng=True,
     )
+
+
+def flags_beyond_args(run: PretrainConfig) -> str:
+    """What Megatron-LM needs to be told of the model because its --use-checkpoint-args does not take it over."""
+    model = run.model
+    flags = [f"--norm-epsilon {model.layernorm_epsilon}"]
+    if model.qk_layernorm:
+        flags.append("--qk-layernorm")
+    if model.rope_scaling_factor is not None:
+        flags.append(f"--use-rope-scaling --rope-scaling-factor {model.rope_scaling_factor}")
+    return " ".join(flags)

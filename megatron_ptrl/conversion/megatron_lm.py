@@ -1,12 +1,14 @@
 """Megatron-LM's checkpoints (torch_dist) <-> ours: the same sharded tensors, and other notes beside them.
 
     theirs   latest_checkpointed_iteration.txt, iter_0000010/{*.distcp, common.pt: args, iteration, optimizer, schedule}
+             from core_v0.19 on what was in common.pt is an object in *.distcp
     ours     checkpoints/step_00000010/{*.distcp, common.pt: optimizer, run; run.json}
 
 What goes along: weights, Adam's moments and fp32 weights, step, samples, schedule. What does not: the random state.
 """
 
 import dataclasses
+import io
 import pickle
 import shutil
 from argparse import Namespace
@@ -21,19 +23,21 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from megatron_ptrl.config import ConvertConfig, PretrainConfig
 from megatron_ptrl.conversion import torch_dist
 from megatron_ptrl.conversion.hf_input import divisor, parsed, write_settings
-from megatron_ptrl.conversion.megatron_args import CONTENT, args_of, cannot_continue, settings_of
+from megatron_ptrl.conversion.megatron_args import CONTENT, args_of, cannot_continue, flags_beyond_args, settings_of
 from megatron_ptrl.conversion.megatron_tensors import check_tensors
-from megatron_ptrl.conversion.torch_dist import COMMON, Reader
+from megatron_ptrl.conversion.torch_dist import COMMON, METADATA, Reader
 from megatron_ptrl.conversion.weights import empty_objects
 from megatron_ptrl.data.tokenizer import DEFAULT_EOD, Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import checkpoint
 from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.frozen import check_vocabulary, model_of, tokenizer_of
+from megatron_ptrl.training.optimizer import whole_steps
 from megatron_ptrl.training.resume import describe, find_source
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _OPTIMIZER = "optimizer."
+_COMMON_STATE = "common_state/shard_0_1"
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -49,9 +53,8 @@ class _Inert:
 
 def is_megatron_lm(source: Path) -> bool:
     """Whether `source` is such a checkpoint, or a folder of them."""
-    return (source / TRACKER).is_file() or (
-        (source / COMMON).is_file() and not (source / checkpoint.MANIFEST).is_file()
-    )
+    has_tensors = any((source / name).is_file() for name in (COMMON, METADATA))
+    return (source / TRACKER).is_file() or (has_tensors and not (source / checkpoint.MANIFEST).is_file())
 
 
 def find_iteration(source: Path) -> Path:
@@ -60,30 +63,43 @@ def find_iteration(source: Path) -> Path:
         return source
     word = (source / TRACKER).read_text().strip()
     path = source / ("release" if word == "release" else f"iter_{int(word):07d}" if word.isdigit() else word)
-    if not (path / COMMON).is_file():
+    if not (path / METADATA).is_file():
         raise InputError(
-            f"{source / TRACKER} says {word!r}, and {path} has no {COMMON}; expected a checkpoint that was saved with "
-            "--ckpt-format torch_dist"
+            f"{source / TRACKER} says {word!r}, and {path} has no {METADATA}; expected a checkpoint that was saved "
+            "with --ckpt-format torch_dist"
         )
     return path
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """common.pt without running any code in it: classes that it names, but for namespaces, are left empty."""
-    file = path / COMMON
+    """What is the same on every rank, without running any code: classes that are named, but for namespaces, stay empty.
+
+    Raises InputError where there is none, or more in it than values.
+    """
+    if (path / COMMON).is_file():
+        return _values(path / COMMON, path / COMMON)
+    reader = Reader(path)
+    if _COMMON_STATE not in reader.objects:
+        raise InputError(f"{path} has no {COMMON}, nor {_COMMON_STATE} among its objects; expected what Megatron saved")
+    return _values(reader.read_object(_COMMON_STATE), path / _COMMON_STATE)[0]
+
+
+def _values(stored: Path | io.BytesIO, where: Path) -> Any:
     known: dict[str, Callable[..., Any]] = {"argparse.Namespace": Namespace, "types.SimpleNamespace": SimpleNamespace}
     try:
-        named = get_unsafe_globals_in_checkpoint(file)
+        named = get_unsafe_globals_in_checkpoint(stored)
         # One class for each name, for a file may tell them apart.
         stand_ins = [(known.get(name) or type("Inert", (_Inert,), {}), name) for name in named]
+        if isinstance(stored, io.BytesIO):
+            stored.seek(0)
         with safe_globals(stand_ins):  # type: ignore[arg-type]
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(stored, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{file} has more in it than values, and is not read: reading could run code of its"
+            f"{where} has more in it than values, and is not read: reading could run code of its"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
+        raise InputError(f"{where} cannot be read: {error}") from error
 
 
 def from_megatron_lm(config: ConvertConfig, source: Path, output: Path, final: Path) -> str:
@@ -178,6 +194,7 @@ def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
     common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": manifest["step"], CONTENT: content}
     if not weights_only:
         ours = read_common(path)
+        whole_steps(ours["optimizer"])
         common |= {"optimizer": ours["optimizer"], "opt_param_scheduler": ours["run"]["scheduler"]}
     name = "release" if weights_only else f"iter_{manifest['step']:07d}"
     (output / name).mkdir()
@@ -188,7 +205,8 @@ def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
     torch_dist.copy(reader, output / name, common, lambda key: True, objects=sorted(objects.items()))
     (output / TRACKER).write_text("release" if weights_only else str(manifest["step"]))
     what = "weights" if weights_only else f"iteration {manifest['step']} with its optimizer"
-    return "\n".join([*notes, f"{final}: {path} for Megatron-LM, {what}: --load {final} --ckpt-format torch_dist"])
+    flags = f"--load {final} --ckpt-format torch_dist --use-checkpoint-args {flags_beyond_args(run)}"
+    return "\n".join([*notes, f"{final}: {path} for Megatron-LM, {what}", f"  {flags}"])
 
 
 def _run_of(manifest: dict[str, Any], path: Path) -> PretrainConfig:

@@ -76,8 +76,26 @@ _REFUSED_WITH_SIDECAR: tuple[tuple[str, tuple[Any, ...] | None, str], ...] = (
     ("fim_data", None, "it reorders the tokens that were scored"),
     ("hybrid_context_parallel", None, "it cuts the rows in a way that the weights do not know"),
     ("dataloader_inter_document_masking", None, "it packs the rows into one"),
-    ("cuda_graph_impl", ("full_iteration",), "a captured iteration would keep its first batch's weights"),
 )
+
+
+NOT_CAPTURED = "its batches come from buffers of the graph, which the weights were not tested with; capture less"
+
+
+def captured_iteration(settings: Any) -> tuple[str, str] | None:
+    """Name and value of the setting that puts the whole iteration into a CUDA graph; None where none does.
+
+    settings: Megatron's arguments, or the config of a model
+    From core_v0.18 on it is cuda_graph_impl; before, cuda_graph_scope has it among names or members of an enum.
+    """
+    impl = getattr(settings, "cuda_graph_impl", None)
+    if impl == "full_iteration":
+        return "cuda_graph_impl", impl
+    scope = getattr(settings, "cuda_graph_scope", None) or []
+    scopes = scope.split(",") if isinstance(scope, str) else scope if isinstance(scope, list) else [scope]
+    if impl != "none" and "full_iteration" in [getattr(one, "name", one) for one in scopes]:
+        return "cuda_graph_scope", "full_iteration"
+    return None
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -90,12 +108,17 @@ def check_args(args: argparse.Namespace) -> None:
     _refuse(args, _REFUSED, "megatron_ptrl")
     if args.ptrl_remit_sidecar:
         _refuse(args, _REFUSED_WITH_SIDECAR, "--ptrl-remit-sidecar")
+        if captured := captured_iteration(args):
+            raise InputError(f"{_flag(captured[0])} {captured[1]} with --ptrl-remit-sidecar: {NOT_CAPTURED}")
 
 
 def _refuse(args: argparse.Namespace, refused: tuple[tuple[str, tuple[Any, ...] | None, str], ...], ours: str) -> None:
     for name, values, reason in refused:
         value = getattr(args, name, None)
         if value in values if values is not None else value:
-            flag = "--" + name.replace("_", "-")
-            shown = flag if value is True else f"{flag} {value}"
+            shown = _flag(name) if value is True else f"{_flag(name)} {value}"
             raise InputError(f"{shown} with {ours}: {reason}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_ptrl.config import RewardShaping
 from megatron_ptrl.errors import InputError
-from megatron_ptrl.integrations.flags import EPSILON
+from megatron_ptrl.integrations.flags import EPSILON, NOT_CAPTURED, captured_iteration
 
 
 def forward_step(
@@ -48,14 +48,14 @@ def forward_step(
     @wraps(step)
     def shaped_step(state: Any, *args: Any, **kwargs: Any) -> Any:
         if not states:
-            _check(state.cfg.model)
+            _check(state.cfg.model, weighting is not None)
             states.append(state)
         return step(state, *args, **kwargs)
 
     return shaped_step
 
 
-def _check(model: Any) -> None:
+def _check(model: Any, weighted: bool) -> None:
     """Raise InputError for settings of a recipe's model that hide the loss or its mask."""
     if getattr(model, "overlap_moe_expert_parallel_comm", False):
         raise InputError(
@@ -67,3 +67,5 @@ def _check(model: Any) -> None:
             "model.cross_entropy_fusion_impl linear with megatron_ptrl: it computes no logits that could be shaped; "
             "use native"
         )
+    if weighted and (captured := captured_iteration(model)):
+        raise InputError(f"model.{captured[0]} {captured[1]} with remit_sidecar: {NOT_CAPTURED}")

@@ -129,6 +129,7 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None
     states = [loaded] if len(parts) == 1 else list(loaded.values())
     adams = {id(inner) for inner in _torch_adams(optimizer)}
     for part, state in zip(parts, states, strict=True):
+        whole_steps(state)
         param_state = state.pop("param_state", None)
         if param_state is None or id(part.optimizer) not in adams:
             if param_state is not None:
@@ -145,6 +146,20 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None
             moments["step"] = torch.tensor(step)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
+
+
+def whole_steps(state: dict[str, Any]) -> None:
+    """Make the steps of an optimizer's groups whole numbers, in place, in however many parts.
+
+    With torch's Adam in the distributed optimizer Megatron-Core stores fractions, which the kernels of Apex and
+    Transformer Engine do not take.
+    """
+    for group in state.get("param_groups", []):
+        if "step" in group:
+            group["step"] = int(group["step"])
+    for inner in state.values():
+        if isinstance(inner, dict):
+            whole_steps(inner)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
