@@ -48,6 +48,25 @@ def test_ctrl_c_is_told_once_by_a_command_with_workers(tmp_path: Path) -> None:
     assert not (tmp_path / "out.bin").exists()
 
 
+IDLE_WORKER = """
+import os, signal, time
+from megatron_ptrl.data.indexed_output import in_order
+
+try:
+    for kept, name in in_order(((n, n) for n in "abc"), os.path.basename, 1, bool, ()):
+        time.sleep(0.3)  # it has done all three
+        os.killpg(0, signal.SIGINT)
+except KeyboardInterrupt:
+    print("told")
+"""
+
+
+def test_a_worker_that_waits_for_work_ends_without_a_word() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", IDLE_WORKER]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "told\n", "")
+
+
 def run_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def run(_: object) -> None:
         raise error
