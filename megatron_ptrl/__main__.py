@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_ptrl.errors import FULL, InputError, printable
+from megatron_ptrl.errors import DENIED, FULL, InputError, printable
 
 SECONDS_FOR_RANK_0 = 10.0
 
@@ -86,7 +86,11 @@ _STAGES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, or 2 after bad input or on a full disk, told in one line."""
+    """Run one stage; returns the exit code: 0, or 2 after bad input or where the disk refuses, told in one line.
+
+    Raises KeyboardInterrupt after Ctrl-C, told in one line too. Python then ends by the signal, exit code 130 in a
+    shell, which is how a shell's loop knows that it is to end as well.
+    """
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -115,13 +119,31 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ptrl {name}{where}: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        if error.errno not in FULL:
+        remedy = _remedy(error)
+        if remedy is None:
             raise
         where = f"{printable(str(error.filename))}: " if error.filename else ""
-        told = f"{where}{error.strerror}; make room and start the same command again"
-        print(f"ptrl {name}: {told}", file=sys.stderr, flush=True)
+        print(f"ptrl {name}: {where}{error.strerror}; {remedy}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ptrl {name}: interrupted; start the same command again to go on", file=sys.stderr, flush=True)
+        sys.excepthook = _say_nothing
+        raise
     return 0
+
+
+def _remedy(error: OSError) -> str | None:
+    """What to do about it; None where it may be a fault of ours."""
+    if error.errno in FULL:
+        return "make room and start the same command again"
+    if error.errno in DENIED and error.filename:
+        return "give this user the right to it, or name another path"
+    return None
+
+
+def _say_nothing(*_: object) -> None:
+    """In place of a traceback."""
 
 
 def _import(stage: _Stage) -> ModuleType:

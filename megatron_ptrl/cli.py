@@ -47,7 +47,7 @@ def parse(config_class: type, argv: list[str], *, prog: str, positional: str | N
     lists, switches = _fields_of_type("list[", config_class), _fields_of_type("bool", config_class)
     flags, bare = _complete_values(argv, lists, switches)
     if bare and positional is None:
-        raise InputError(f"unrecognized arguments: {' '.join(bare)}")
+        raise InputError(f"{' '.join(bare)} stands behind no flag; expected --field value, --help lists the fields")
     parser = _Parser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(_with_megatron_fields(config_class), None, as_group=True)
@@ -58,6 +58,8 @@ def parse(config_class: type, argv: list[str], *, prog: str, positional: str | N
         config = parser.instantiate_classes(values)
     except InputError as error:
         raise InputError(_name_nearest(str(error), fields)) from None
+    except UnicodeDecodeError:
+        raise InputError("the file that --config names is no text; expected YAML with fields of this stage") from None
     settings = {key: value for key, value in vars(config).items() if key in _field_names(config_class)}
     if bare:
         settings[typing.cast(str, positional)] = bare
@@ -112,6 +114,8 @@ def _field_names(config_class: type) -> set[str]:
 
 
 def _name_nearest(message: str, fields: list[str]) -> str:
+    if message.startswith("Unexpected config:"):
+        return "the file that --config names has no fields in it; expected YAML with fields of this stage"
     found = _UNKNOWN_KEY.search(message)
     if not found:
         return message

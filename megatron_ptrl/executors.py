@@ -10,6 +10,7 @@ import os
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -95,6 +96,8 @@ class _Task:
         self._run_for_rank, self._key_env, self._key = run_for_rank, key_env, os.environ.get(key_env, "")
 
     def __call__(self, rank: int, errors: Connection) -> None:
+        # Ctrl-C comes to every process of a terminal; the one that started the tasks tells of it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.environ[self._key_env] = self._key
         try:
             self._run_for_rank(rank)

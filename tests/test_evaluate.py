@@ -203,7 +203,7 @@ def test_what_is_refused(ranks, alone, tmp_path, unscored):
         ({"rollout.temperature": 0.7}, "is of an evaluation with another rollout; remove it"),
         ({"prompts": [str(other)], "data": []}, "with another data, prompts, files"),
         (new | {"prompts": [str(broken)]}, "none can be used; .*broken.jsonl:1"),
-        (new | {"prompts": [str(tmp_path / "none")], "output": str(tmp_path / "f")}, "none: No such file"),
+        (new | {"prompts": [str(tmp_path / "none")], "output": str(tmp_path / "f")}, "none: no such file"),
         (
             new | {"prompts": [*alone[0]["prompts"], str(other)], "output": str(tmp_path / "g")},
             "two files are called sums",
@@ -217,3 +217,4 @@ def test_what_is_refused(ranks, alone, tmp_path, unscored):
     ):
         with pytest.raises(AssertionError, match=said):
             ranks.run(1, one_by_one, evaluate, [alone[0] | changes])
+    assert not (tmp_path / "f").exists(), "it would refuse the same command with the right path"

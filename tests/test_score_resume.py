@@ -201,7 +201,7 @@ def test_bad_input_is_refused(ranks, reference, unscored, tmp_path):
     output = tmp_path / "s"
     cases = {
         r"step_00000003 was trained with another tokenizer \(.*lary 512\) than .*other.* 265\)": {"data": other},
-        r"checkpoint is nowhere and there is no whole checkpoint in it": {"checkpoint": "nowhere"},
+        r"checkpoint is nowhere, and there is no such folder": {"checkpoint": "nowhere"},
         r"nothing\.bin: no such file": {"data": str(tmp_path / "nothing")},
         r"overlap is 64; expected less than the window, 64": {"overlap": 64},
         r"1 ranks do not divide by parallel.tp 2": {"parallel.tp": 2},

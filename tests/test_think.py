@@ -120,7 +120,7 @@ def test_every_kind_of_file_and_a_remote_folder(tmp_path):
 
 BAD = {
     "missing": ("none.jsonl", "no such file"),
-    "nothing": (None, "no input files in an empty list"),
+    "nothing": (None, "no input was given"),
     "cut": ("cut.txt.gz", "damaged archive"),
     "own": ("out/thoughts/00000.jsonl", "lies in the output folder"),
 }

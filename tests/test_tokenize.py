@@ -202,7 +202,7 @@ BAD_INPUTS = {
     "missing": (lambda tmp: [str(tmp / "none.jsonl")], r"none\.jsonl: no such file"),
     "suffix": (lambda tmp: _input(tmp, "a.csv", b"x"), r"a\.csv: unknown kind of file; expected one of \.txt"),
     "no files": (lambda tmp: [str(tmp)], "no input files in"),
-    "no inputs": (lambda tmp: [], "no input files in an empty list"),
+    "no inputs": (lambda tmp: [], "no input was given"),
     "all rejected": (lambda tmp: _input(tmp, "a.jsonl", b"{\n{\n"), r"rejected: 2 not JSON, see .*out\.rejects\.jsonl"),
     "empty file": (lambda tmp: _input(tmp, "a.jsonl", b""), "no document to tokenize; rejected: none"),
     "cut gzip": (lambda tmp: _input(tmp, "a.txt.gz", gzip.compress(b"x" * 999)[:-9]), r"a\.txt\.gz: damaged archive"),

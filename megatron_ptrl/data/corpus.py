@@ -63,10 +63,11 @@ def find_files(inputs: Iterable[str], output: str = "") -> list[Path]:
     Raises InputError for a missing path, an unknown suffix, or when nothing is found.
     """
     found: list[Path] = []
-    for name in inputs:
+    named = list(inputs)
+    for name in named:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            inside = sorted(file for file in _walk(path) if file.is_file())
             found += [file for file in inside if file.name.endswith(SUFFIXES) and not _is_output(file, output)]
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder")
@@ -74,9 +75,21 @@ def find_files(inputs: Iterable[str], output: str = "") -> list[Path]:
             raise InputError(f"{path}: unknown kind of file; expected one of {' '.join(SUFFIXES)}")
         else:
             found.append(path)
+    if not named:
+        raise InputError("no input was given; expected files or folders")
     if not found:
-        raise InputError(f"no input files in {', '.join(inputs) or 'an empty list'}; expected {' '.join(SUFFIXES)}")
+        raise InputError(f"no input files in {', '.join(named)}; expected {' '.join(SUFFIXES)}")
     return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below it. Raises InputError for a folder that cannot be read, which Path.rglob passes over."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}; give this user the right to it, or leave it out")
+
+    for root, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(root, name) for name in names)
 
 
 def _is_output(file: Path, output: str) -> bool:

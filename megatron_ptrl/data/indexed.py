@@ -49,8 +49,10 @@ def open_indexed(prefix: str) -> tuple[IndexedDataset, IndexedMeta | None]:
     """
     for suffix in (".bin", ".idx"):
         if not Path(prefix + suffix).is_file():
-            hint = "; give the prefix without its suffix" if prefix.endswith((".bin", ".idx")) else ""
-            raise InputError(f"{prefix}{suffix}: no such file; run `ptrl tokenize` with --output {prefix}{hint}")
+            stem = prefix.removesuffix(".bin").removesuffix(".idx")
+            if stem != prefix:
+                raise InputError(f"{prefix}{suffix}: no such file; give the prefix without its suffix, {stem}")
+            raise InputError(f"{prefix}{suffix}: no such file; run `ptrl tokenize` with --output {prefix}")
     check_pair(prefix, f"tokenize {prefix} again, or copy both of its files again")
     return IndexedDataset(prefix), read_meta(prefix)
 

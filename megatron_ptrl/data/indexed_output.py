@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -116,7 +117,7 @@ def in_order(
     # from a server, as a fresh start costs each worker the seconds that importing the package takes.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    with ProcessPoolExecutor(workers, context, initializer=initializer, initargs=identity) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(initializer, *identity)) as pool:
         # Two batches a worker keep all of them busy; more would only pile up when writing is the slow part.
         ahead: deque[tuple[Kept, Future[Result]]] = deque()
         for kept, sent in batches:
@@ -126,6 +127,12 @@ def in_order(
                 yield kept, future.result()
         for kept, future in ahead:
             yield kept, future.result()
+
+
+def _begin_worker(initializer: Callable[..., object], *identity: Any) -> None:
+    # Ctrl-C comes to every process of a terminal; the one that started the workers tells of it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    initializer(*identity)
 
 
 class Progress:

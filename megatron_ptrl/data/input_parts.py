@@ -62,8 +62,10 @@ def list_inputs(inputs: list[str], output: Path) -> list[InputFile]:
             found += [
                 file for file in _list_local(name) if not (inside and os.path.realpath(file.path).startswith(own))
             ]
+    if not inputs:
+        raise InputError("no input was given; expected files or folders")
     if not found:
-        raise InputError(f"no input files in {', '.join(inputs) or 'an empty list'}; expected {' '.join(SUFFIXES)}")
+        raise InputError(f"no input files in {', '.join(inputs)}; expected {' '.join(SUFFIXES)}")
     for file in found:
         if os.path.realpath(file.path.removeprefix("file://")).startswith(own):
             raise InputError(f"{file.path} is input and lies in the output folder; choose another output")

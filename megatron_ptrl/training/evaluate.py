@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_ptrl.config import DataConfig, EvaluateConfig, ScoreConfig
 from megatron_ptrl.data.chat import ChatTemplate, PlainTemplate, make_template
-from megatron_ptrl.data.indexed import resolve_tokenizer
+from megatron_ptrl.data.indexed import open_indexed, resolve_tokenizer
 from megatron_ptrl.data.sidecar import Durably, hash_file
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
@@ -95,6 +95,12 @@ class Evaluation:
         self.answers = _resolved(config, self.window)
         self.output = Path(config.output) if config.output else _beside(self.checkpoint)
         digest = digest_of(self.checkpoint, self.manifest)
+        # Before the output is made: it would belong to an evaluation of files that are not there.
+        for path in config.prompts:
+            if not Path(path).is_file():
+                raise InputError(f"prompts: {path}: no such file; expected a JSONL file")
+        for prefix in config.data:
+            open_indexed(prefix)
         from_rank_0(lambda: self._begin(digest))
         self._model: list[torch.nn.Module] | None = None
         for note in notes:

@@ -94,6 +94,8 @@ def find_source(
         directory = directory / "checkpoints"
     found = find(directory)
     notes = [f"not loaded: {reason}" for reason in found.passed_over]
+    if found.path is None and not Path(load).exists():
+        raise InputError(f"{field} is {load}, and there is no such folder; expected a run directory")
     if found.path is None:
         raise InputError(f"{field} is {load} and there is no whole checkpoint in it{_because(notes)}")
     return found.path, notes
