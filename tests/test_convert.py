@@ -141,9 +141,14 @@ def test_bf16_stays_bf16(ranks, prefix, tmp_path):
 
 def peak_of(rank: int, world_size: int, *words: str) -> float:
     """MB that `ptrl` needs at the most in a process of the pool, beyond those at the start."""
+    import ctypes
     import gc
 
     gc.collect()
+    # What is freed goes back to the system at once, or the peak would have what the allocator keeps of earlier tests.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
     code, told = ptrl(rank, world_size, *words)
