@@ -81,6 +81,11 @@ def test_suffix_in_the_prefix_is_explained(prefixes):
         open_indexed(prefixes["a"] + ".bin")
 
 
+def test_a_folder_of_text_in_place_of_a_prefix_is_explained(tmp_path):
+    with pytest.raises(InputError, match=f"run `ptrl tokenize` with --input {tmp_path} first"):
+        open_indexed(str(tmp_path))
+
+
 def foreign(prefix: Path, documents: list[list[int]]) -> str:
     """A pair as Megatron's own tools write it: no metadata, int32."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)

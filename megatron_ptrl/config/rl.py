@@ -157,7 +157,7 @@ class RLConfig(RunConfig):
         require(
             rollout.max_tokens < self.data.seq_length,
             f"rollout.max_tokens is {rollout.max_tokens}; expected less than data.seq_length {self.data.seq_length}, "
-            "which a prompt shares with its response",
+            "which a prompt shares with its response; lower the one or raise the other",
         )
         require(
             rollout.as_drawn or policy.importance_sampling == "off",

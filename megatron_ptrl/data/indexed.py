@@ -52,7 +52,8 @@ def open_indexed(prefix: str) -> tuple[IndexedDataset, IndexedMeta | None]:
             stem = prefix.removesuffix(".bin").removesuffix(".idx")
             if stem != prefix:
                 raise InputError(f"{prefix}{suffix}: no such file; give the prefix without its suffix, {stem}")
-            raise InputError(f"{prefix}{suffix}: no such file; run `ptrl tokenize` with --output {prefix}")
+            flags = f"--input {prefix} first" if Path(prefix).exists() else f"--output {prefix}"
+            raise InputError(f"{prefix}{suffix}: no such file; run `ptrl tokenize` with {flags}")
     check_pair(prefix, f"tokenize {prefix} again, or copy both of its files again")
     return IndexedDataset(prefix), read_meta(prefix)
 
