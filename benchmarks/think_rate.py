@@ -116,8 +116,7 @@ async def stage(url: str, source: Path, output: Path) -> float:
     think = Think(config, load_template(config.prompt), make_cut(config.prompt_tokens, None), generator, tasks)
     start = time.perf_counter()
     with Journal(output, 0) as journal:
-        await think.run((InputFile(str(source), source.name, source.stat().st_size),), journal)
-        journal.publish()
+        journal.publish(await think.run((InputFile(str(source), source.name, source.stat().st_size),), journal))
     seconds = time.perf_counter() - start
     await generator.close()
     return seconds

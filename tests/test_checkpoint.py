@@ -413,5 +413,5 @@ def test_a_new_run_trains_on_from_another_runs_weights(ranks, prefix, tmp_path, 
 
 
 def test_weights_that_are_not_there_are_told(ranks, prefix, tmp_path):
-    with pytest.raises(RankError, match="InputError.*checkpoint.load is .*nowhere and there is no whole checkpoint"):
+    with pytest.raises(RankError, match="InputError.*checkpoint.load is .*nowhere, and there is no such folder"):
         run_tiny(ranks, 1, tiny_config(prefix, tmp_path, checkpoint__load=str(tmp_path / "nowhere")))

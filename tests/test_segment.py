@@ -287,7 +287,7 @@ def test_a_full_disk_is_told(corpus, tmp_path, monkeypatch):
 
 BAD = {
     "no output": (["--input", "{corpus}"], "output is empty"),
-    "no input": (["--output", "{out}"], "no input files"),
+    "no input": (["--output", "{out}"], "no input was given"),
     "missing": (["--input", "nowhere", "--output", "{out}"], "nowhere: no such file or folder"),
     "unknown key": (["--output", "{out}", "--split.unti", "sentence"], "the nearest field is split.unit"),
     "choice": (["--output", "{out}", "--split.unit", "page"], "page"),

@@ -231,7 +231,7 @@ def test_references_that_cannot_work_are_refused_and_others_planned(ranks, prefi
         with pytest.raises(RankError, match=said):
             ranks.run(1, check, weighted(prefix, tmp_path / "run", opinion, **options))
 
-    refused("remit.reference is .*none and there is no whole checkpoint", remit__reference=str(tmp_path / "none"))
+    refused("remit.reference is .*none, and there is no such folder", remit__reference=str(tmp_path / "none"))
     refused("remit.weighting is remit with loss.impl megatron", loss__impl="megatron")
     refused(
         "remit.weighting is remit with loss.recompute_logits false", loss__impl="linear", loss__recompute_logits=False
