@@ -29,6 +29,8 @@ help: ## Show this list
 quickstart: .venv/.ready ## Set up, then go from real text to a small trained GPT
 	@$(BIN)/python examples/quickstart/run.py --work_dir $(WORK_DIR) $(ARGS)
 
+# Hundreds of processes start, each of which would compile the package's sources anew: a sixth of a start.
+test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/.ready-dev ## Run the tests
 	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
