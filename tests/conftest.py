@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 from cubins import Cubins
 from ranks import Ranks
+from saved_run import make_saved_run
 from scoring import make_data, reference_settings
 from slurm_cluster import SlurmCluster, missing_programs
 from tiny import Settings, make_corpus, run_tiny
@@ -47,6 +49,12 @@ def ranks() -> Iterator[Ranks]:
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prefix of the tiny tokenized corpus."""
     return make_corpus(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def saved_run(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a run with checkpoints at steps 4 and 8; tests copy it."""
+    return make_saved_run(ranks, prefix, tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture(scope="session")

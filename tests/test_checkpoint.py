@@ -1,7 +1,5 @@
 """Save and load: exact on the same layout, the same training on another, and never a silent start from nothing."""
 
-import json
-import re
 import resource
 import shutil
 from pathlib import Path
@@ -11,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from fused_adam import FusedAdam
-from ranks import RankError, Ranks
+from ranks import RankError
+from saved_run import SAVED, STEPS, copy_until
 from tiny import Settings, assert_close_metrics, pretraining, read_metrics, run_tiny, tiny_config
 
-STEPS = 8
-SAVED = 4
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain, fp32": (1, {"parallel__distributed_optimizer": False}),
@@ -170,33 +167,15 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(ranks, pre
     assert (folder / "step_00000008" / "run.json").is_file()
 
 
-@pytest.fixture(scope="module")
-def tp2_run(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TP 2 run to step 8 with a checkpoint at step 4, too."""
-    run_dir = tmp_path_factory.mktemp("tp2")
-    options = {"train__steps": STEPS, "checkpoint__save_every": SAVED, "parallel__tp": 2}
-    run_tiny(ranks, 2, tiny_config(prefix, run_dir, **options))
-    return run_dir
-
-
-def copy_until(run_dir: Path, folder: Path, step: int = SAVED) -> Path:
-    """The run as it was when `step` had been saved."""
-    shutil.copytree(run_dir, folder)
-    for path in (folder / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    return folder
-
-
 # The moments matter: with Adam starting anew the losses of the following steps differ in the third digit.
 @pytest.mark.parametrize("name", OTHER_LAYOUTS)
-def test_another_layout_continues_with_the_same_training(ranks, prefix, tmp_path, tp2_run, name):
+def test_another_layout_continues_with_the_same_training(ranks, prefix, tmp_path, saved_run, name):
     world_size, layout = OTHER_LAYOUTS[name]
-    folder = copy_until(tp2_run, tmp_path / "run")
+    folder = copy_until(saved_run, tmp_path / "run")
     (folder / "metrics.jsonl").unlink()
     continued = run_tiny(ranks, world_size, tiny_config(prefix, folder, train__steps=STEPS, **layout))
     assert "the random state of dropout starts anew" in (folder / "log.txt").read_text()
-    whole = read_metrics(tp2_run)[SAVED:]
+    whole = read_metrics(saved_run)[SAVED:]
     assert_close_metrics(continued, whole, {"loss": 1e-6, "entropy": 1e-6, "learning_rate": 0.0, "grad_norm": 1e-4})
 
 
@@ -208,109 +187,8 @@ def test_only_the_wanted_checkpoints_stay(ranks, prefix, tmp_path):
     ]
 
 
-def data_file(checkpoint: Path) -> Path:
-    return max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
-
-
-def truncate(checkpoint: Path) -> str:
-    file = data_file(checkpoint)
-    file.write_bytes(file.read_bytes()[:-1])
-    return f"{file.name} has {file.stat().st_size} bytes of {file.stat().st_size + 1}"
-
-
-def remove_a_file(checkpoint: Path) -> str:
-    file = data_file(checkpoint)
-    file.unlink()
-    return f"{file.name} is missing"
-
-
-def remove_the_manifest(checkpoint: Path) -> str:
-    (checkpoint / "run.json").unlink()
-    return "run.json cannot be read"
-
-
-def cut_the_manifest(checkpoint: Path) -> str:
-    (checkpoint / "run.json").write_text("{")
-    return "run.json cannot be read"
-
-
-def empty_the_manifest(checkpoint: Path) -> str:
-    (checkpoint / "run.json").write_text("[]")
-    return "run.json names no files"
-
-
-def flip(file: Path, at: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[at] ^= 0x55
-    file.write_bytes(content)
-
-
-def flip_in_the_index(checkpoint: Path, name: str = ".metadata") -> str:
-    flip(checkpoint / name, 60)
-    return f"{name} has changed since it was written"
-
-
-def flip_in_what_all_ranks_share(checkpoint: Path) -> str:
-    return flip_in_the_index(checkpoint, "common.pt")
-
-
-DAMAGES = [truncate, remove_a_file, remove_the_manifest, cut_the_manifest, empty_the_manifest]
-DAMAGES += [flip_in_the_index, flip_in_what_all_ranks_share]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_checkpoint_is_passed_over_by_name_and_the_training_repeated(ranks, prefix, tmp_path, tp2_run, damage):
-    folder = copy_until(tp2_run, tmp_path / "run", STEPS)
-    defect = damage(folder / "checkpoints" / f"step_{STEPS:08d}")
-    (folder / "checkpoints" / f".step_{STEPS:08d}.partial").mkdir()
-    run_tiny(ranks, 2, tiny_config(prefix, folder, train__steps=STEPS, parallel__tp=2, checkpoint__keep_last=1))
-    log = (folder / "log.txt").read_text()
-    assert f"not loaded: {folder / 'checkpoints' / f'step_{STEPS:08d}'}: {defect}" in log
-    assert f"not loaded: {folder / 'checkpoints' / f'.step_{STEPS:08d}.partial'}: its save was cut short" in log
-    assert f"continuing from {folder / 'checkpoints' / f'step_{SAVED:08d}'}" in log
-    assert read_metrics(folder) == read_metrics(tp2_run)
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{STEPS:08d}"]
-
-
-def test_tensors_that_cannot_be_read_are_told_by_file_with_the_checkpoint_before(ranks, prefix, tmp_path, tp2_run):
-    folder = copy_until(tp2_run, tmp_path / "run", STEPS)
-    newest, before = (folder / "checkpoints" / f"step_{step:08d}" for step in (STEPS, SAVED))
-    flip(data_file(newest), 0)
-    settings = {"train__steps": STEPS, "parallel__tp": 2}
-    told = f"InputError: {data_file(newest)} is damaged; remove {newest}, the one before it is {before}"
-    with pytest.raises(RankError, match=re.escape(told)):
-        run_tiny(ranks, 2, tiny_config(prefix, folder, **settings))
-    shutil.rmtree(before)
-    with pytest.raises(RankError, match=re.escape(f"remove {newest}, there is none before it")):
-        run_tiny(ranks, 2, tiny_config(prefix, tmp_path / "new", **settings, checkpoint__load=str(newest)))
-
-
-def test_a_save_before_a_broken_later_one_is_kept(ranks, prefix, tmp_path, tp2_run):
-    """Step 8 is broken, the run goes back to 4 and saves 6: that one is now the newest whole one and must stay."""
-    folder = copy_until(tp2_run, tmp_path / "run", STEPS)
-    truncate(folder / "checkpoints" / f"step_{STEPS:08d}")
-    options = {"train__steps": 6, "optimizer__decay_steps": STEPS, "checkpoint__keep_last": 1}
-    run_tiny(ranks, 2, tiny_config(prefix, folder, parallel__tp=2, **options))
-    assert json.loads((folder / "checkpoints" / "step_00000006" / "run.json").read_text())["step"] == 6
-
-
-def test_a_run_whose_checkpoints_are_all_broken_stops_and_lists_them(ranks, prefix, tmp_path, tp2_run):
-    folder = copy_until(tp2_run, tmp_path / "run", STEPS)
-    defects = [damage(folder / "checkpoints" / f"step_{s:08d}") for s, damage in ((4, truncate), (8, remove_a_file))]
-    before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(RankError, match="InputError.*no whole checkpoint") as caught:
-        run_tiny(ranks, 2, tiny_config(prefix, folder, train__steps=STEPS, parallel__tp=2))
-    assert all(defect in str(caught.value) for defect in defects)
-    assert (folder / "metrics.jsonl").read_bytes() == before, "the figures of the lost steps are gone"
-
-
-def test_a_save_that_was_cut_short_before_any_other_starts_over(ranks, prefix, tmp_path):
-    (tmp_path / "checkpoints" / ".step_00000002.partial").mkdir(parents=True)
-    assert len(run_tiny(ranks, 1, tiny_config(prefix, tmp_path, train__steps=3))) == 3
-
-
-def test_a_checkpoint_of_another_model_is_refused_by_the_fields_name(ranks, prefix, tmp_path, tp2_run):
-    folder = copy_until(tp2_run, tmp_path / "run")
+def test_a_checkpoint_of_another_model_is_refused_by_the_fields_name(ranks, prefix, tmp_path, saved_run):
+    folder = copy_until(saved_run, tmp_path / "run")
     for field, value, saved in (("num_layers", 2, 4), ("qk_layernorm", False, True), ("num_moe_experts", 4, None)):
         with pytest.raises(RankError, match=f"InputError.*{field} {saved}, this run has {value}"):
             run_tiny(ranks, 1, tiny_config(prefix, folder, **{f"model__{field}": value}))
@@ -334,8 +212,8 @@ def test_a_vocabulary_that_another_layout_pads_otherwise(ranks, prefix, tmp_path
             run_tiny(ranks, 2, each)
 
 
-def test_a_checkpoint_of_the_other_optimizer_is_refused(ranks, prefix, tmp_path, tp2_run):
-    folder = copy_until(tp2_run, tmp_path / "run")
+def test_a_checkpoint_of_the_other_optimizer_is_refused(ranks, prefix, tmp_path, saved_run):
+    folder = copy_until(saved_run, tmp_path / "run")
     with pytest.raises(RankError, match="InputError.*distributed_optimizer true, this run has false"):
         run_tiny(ranks, 1, tiny_config(prefix, folder, parallel__distributed_optimizer=False))
 
@@ -358,10 +236,10 @@ def first_weights(rank: int, world_size: int, settings: Settings) -> tuple[dict[
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_another_runs_weights_start_a_new_run_main_copies_included(ranks, prefix, tmp_path, tp2_run, precision):
+def test_another_runs_weights_start_a_new_run_main_copies_included(ranks, prefix, tmp_path, saved_run, precision):
     common = {"parallel__distributed_optimizer": False, "train__precision": precision, "train__seed": 99}
     fresh, _ = ranks.run(1, first_weights, tiny_config(prefix, tmp_path / "fresh", **common))[0]
-    for source in (tp2_run, tp2_run / "checkpoints", tp2_run / "checkpoints" / f"step_{STEPS:08d}"):
+    for source in (saved_run, saved_run / "checkpoints", saved_run / "checkpoints" / f"step_{STEPS:08d}"):
         settings = tiny_config(prefix, tmp_path / "new", **common, checkpoint__load=str(source))
         loaded, main_is_copy = ranks.run(1, first_weights, settings)[0]
         assert all(not torch.equal(loaded[name], fresh[name]) for name in loaded if loaded[name].dim() == 2)
@@ -397,19 +275,19 @@ def loads_into_norms_with_extra_state(rank: int, world_size: int, settings: Sett
         return [each.unique_key for each in wanted.values() if isinstance(each, ShardedObject)]
 
 
-def test_weights_load_into_a_model_whose_norms_have_extra_state(ranks, prefix, tmp_path, tp2_run):
-    source = tp2_run / "checkpoints" / f"step_{STEPS:08d}"
+def test_weights_load_into_a_model_whose_norms_have_extra_state(ranks, prefix, tmp_path, saved_run):
+    source = saved_run / "checkpoints" / f"step_{STEPS:08d}"
     settings = tiny_config(prefix, tmp_path, checkpoint__load=str(source))
     names = ranks.run(1, loads_into_norms_with_extra_state, settings)[0]
     assert "decoder.final_layernorm._extra_state/shard_0_1" in names
     assert "decoder.layers.self_attention.q_layernorm._extra_state/shard_3_4" in names
 
 
-def test_a_new_run_trains_on_from_another_runs_weights(ranks, prefix, tmp_path, tp2_run):
-    options = {"checkpoint__load": str(tp2_run), "train__steps": 3, "optimizer__warmup_steps": 0}
+def test_a_new_run_trains_on_from_another_runs_weights(ranks, prefix, tmp_path, saved_run):
+    options = {"checkpoint__load": str(saved_run), "train__steps": 3, "optimizer__warmup_steps": 0}
     new = run_tiny(ranks, 1, tiny_config(prefix, tmp_path, **options))
     assert [row["step"] for row in new] == [1, 2, 3]
-    assert new[0]["loss"] < read_metrics(tp2_run)[0]["loss"] - 0.1
+    assert new[0]["loss"] < read_metrics(saved_run)[0]["loss"] - 0.1
 
 
 def test_weights_that_are_not_there_are_told(ranks, prefix, tmp_path):

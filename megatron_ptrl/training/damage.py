@@ -37,6 +37,7 @@ def _is_whole(file: Path, pieces: list[tuple[int, int]]) -> bool:
                 with zipfile.ZipFile(io.BytesIO(stream.read(length))) as archive:
                     if archive.testzip() is not None:
                         return False
+            # What zipfile raises of bytes that are no archive any more: that is the answer to the question.
             except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):
                 return False
     return True
