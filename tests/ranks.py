@@ -47,6 +47,8 @@ def _in_group(function: Callable[..., Any], args: tuple[Any, ...], rank: int, wo
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT)
     )
     try:
+        # A rank that leaves at once would close the connections that the others are still making.
+        dist.barrier()
         return function(rank, world_size, *args)
     finally:
         if "megatron.core.parallel_state" in sys.modules:

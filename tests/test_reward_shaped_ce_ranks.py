@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import PLAIN, SHAPINGS, assert_as_accurate, eager_and_exact
-from ranks import RankError
+from ranks import TIMEOUT, RankError
 from torch import Tensor
 
 from megatron_ptrl import RewardShaping, reward_shaped_cross_entropy, reward_shaped_cross_entropy_with_stats
@@ -159,8 +159,13 @@ def misbehave(rank: int, world_size: int, how: str) -> int:
     return rank
 
 
-@pytest.mark.parametrize("how, said", [("raise", "on purpose"), ("die", "rank 1 of 2: died"), ("hang", "no answer")])
-def test_the_pool_reports_and_survives(ranks, how, said):
+@pytest.mark.parametrize(
+    "how, said, timeout",
+    [("raise", "on purpose", TIMEOUT), ("die", "rank 1 of 2: died", TIMEOUT), ("hang", "rank 1 of 2: no answer", 3.0)],
+)
+def test_the_pool_reports_and_survives(ranks, how, said, timeout):
+    # Processes that are still starting give no answer either.
+    assert ranks.run(2, misbehave, "") == [0, 1]
     with pytest.raises(RankError, match=said):
-        ranks.run(2, misbehave, how, timeout=3.0)
+        ranks.run(2, misbehave, how, timeout=timeout)
     assert ranks.run(2, misbehave, "") == [0, 1]
