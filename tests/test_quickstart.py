@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from test_readme import BLOCKS
+from test_guide import BLOCKS
 
 from megatron_ptrl.data.tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ SHORTER = (
 
 
 def run_block(name: str, folder: Path, replaced: dict[str, str]) -> None:
-    """The README's commands of this name, shortened."""
+    """The guide's commands of this name, shortened."""
     (code,) = (code for mark, _, code in BLOCKS if mark == f"run by tests/test_quickstart.py, shortened: {name}")
     for words, shorter in replaced.items():
         assert words in code
@@ -87,7 +87,7 @@ def run_block(name: str, folder: Path, replaced: dict[str, str]) -> None:
 
 
 def think_about_it(folder: Path) -> None:
-    """The README's commands for thinking about the quickstart's text with the quickstart's model."""
+    """The guide's commands for thinking about the quickstart's text with the quickstart's model."""
     recipe = "--config examples/configs/tpt-toy.yaml"
     run_block("TPT", folder, {recipe: f"{recipe} {SHORTER}"})
     documents = len((folder / ".quickstart" / "stdlib.jsonl").read_text().splitlines())
@@ -112,7 +112,7 @@ SHORTER_RL = (
 
 
 def predict_what_comes_next(folder: Path) -> None:
-    """The README's commands from the quickstart's text and model to an evaluated policy."""
+    """The guide's commands from the quickstart's text and model to an evaluated policy."""
     cold, rl = "--config examples/quickstart/sft.yaml", "--config examples/quickstart/rl.yaml"
     replaced = {
         cold: f"{cold} --train.steps 2 --optimizer.warmup_steps 0 --train.global_batch 8 --log.plots false",

@@ -1,4 +1,4 @@
-"""Every block of the README is run here, run by CI, or says what it needs."""
+"""Every block of the README and of docs/guide/ is run here, run by CI, or says what it needs."""
 
 import gzip
 import json
@@ -9,8 +9,10 @@ import pytest
 import torch
 from pages import ROOT, blocks, run_shell
 
-BLOCKS = blocks(ROOT / "README.md")
-HERE = "run by tests/test_readme.py"
+# In the order in which a reader comes to them: each goes on with what those before it wrote.
+PAGES = ("README.md", *(f"docs/guide/{name}.md" for name in ("training", "reference", "thinking", "reinforcement")))
+BLOCKS = list(dict.fromkeys(block for page in PAGES for block in blocks(ROOT / page)))
+HERE = "run by tests/test_guide.py"
 ELSEWHERE = (
     "run by CI",
     "run by tests/test_benchmarks.py, at a small size",
@@ -23,7 +25,8 @@ ELSEWHERE = (
 
 
 def test_every_block_says_who_runs_it() -> None:
-    assert len(BLOCKS) >= 6
+    assert set(PAGES[1:]) == {str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "guide").iterdir()}
+    assert len(BLOCKS) >= 20
     for mark, _, code in BLOCKS:
         assert mark in (HERE, *ELSEWHERE) or mark.startswith("needs: "), f"unmarked block:\n{code}"
 
