@@ -1,5 +1,6 @@
 """Save and load: exact on the same layout, the same training on another, and never a silent start from nothing."""
 
+import multiprocessing
 import resource
 import shutil
 from pathlib import Path
@@ -93,6 +94,20 @@ def loads_into_a_fused_adam(rank: int, world_size: int) -> Any:
 
 def test_a_fused_adam_gets_a_whole_step(ranks):
     assert repr(ranks.run(1, loads_into_a_fused_adam)[0]) == "3"
+
+
+def processes_that_a_save_leaves(rank: int, world_size: int, settings: Settings) -> list[str]:
+    before = multiprocessing.active_children()
+    with pretraining(settings, world_size) as run:
+        run._begin()
+        run._step()
+        run._save()
+        return [child.name for child in multiprocessing.active_children() if child not in before]
+
+
+def test_a_save_leaves_no_process(ranks, prefix, tmp_path):
+    settings = tiny_config(prefix, tmp_path)
+    assert ranks.run(1, processes_that_a_save_leaves, settings) == [[]]
 
 
 def _equal(a: Any, b: Any) -> bool:

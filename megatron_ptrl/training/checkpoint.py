@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
@@ -150,6 +152,9 @@ def _write(path: Path, partial: Path, state: dict[str, Any], progress: Progress,
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    # Nothing is saved in the background here. Left to itself, Megatron-Core starts another process, with a torch of its
+    # own, in every rank, to hand the list of what was written to the very process that made it.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
