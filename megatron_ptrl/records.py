@@ -20,6 +20,7 @@ GENERATE_REASONS = (
 )
 
 
+TASKS = ("asr", "msr", "rlvr")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, allow_nan=False)
 
 
@@ -86,7 +87,7 @@ class Prompt:
     """A task for a policy, with what its answer is judged by: one line of a prompts file."""
 
     id: str
-    """Unique in its file."""
+    """Of `ptrl segment`: document#task/segment, which is as unique as the documents' ids."""
     task: str
     """"asr" (predict the next segment), "msr" (fill in a masked one) or "rlvr" (a problem with a checkable answer)."""
     messages: list[dict[str, str]]
@@ -105,9 +106,28 @@ class Prompt:
     def from_json(cls, line: str | bytes, where: str) -> "Prompt":
         """The prompt of one line. Raises InputError, naming `where`, for a line that is none."""
         try:
-            return cls(**json.loads(line))
+            prompt = cls(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise InputError(f"{where}: {error}; expected a line as `ptrl segment` writes it") from error
+        if wrong := prompt._defect():
+            raise InputError(f"{where}: {wrong}")
+        return prompt
+
+    def _defect(self) -> str | None:
+        """What is wrong with the values that a file gave."""
+        if self.task not in TASKS:
+            return f"task is {self.task!r}; expected {', '.join(TASKS)}"
+        for name in ("target",) if self.task == "rlvr" else ("target", "reference"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or not text.strip():
+                return f"{name} is {json.dumps(text)[:60]}; expected the text that the answer is judged by"
+        good = isinstance(self.messages, list) and bool(self.messages)
+        if not good or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in self.messages
+        ):
+            return "messages: expected a list of objects with role and content"
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,6 +96,24 @@ def test_texts_end_before_a_stop_sequence(alone):
     assert any(texts)
 
 
+def test_a_response_as_long_as_the_window_is_refused(caplog):
+    from megatron_ptrl.config import HarnessConfig, PretrainConfig
+    from megatron_ptrl.config.loss import LossConfig
+    from megatron_ptrl.config.pretrain import DataConfig
+    from megatron_ptrl.errors import InputError
+    from megatron_ptrl.evaluation.lm_eval import HarnessModel
+
+    settings: Any = PretrainConfig(data=DataConfig(seq_length=64), loss=LossConfig(top_k=1))
+    tokenizer: Any = SimpleNamespace(encode=lambda text: list(range(len(text.split()))), eod=0)
+    engine: Any = None
+    model = HarnessModel(settings, [], engine, tokenizer, HarnessConfig(), chunk=1)
+    assert model._request(0, "word " * 50, {"max_gen_toks": 14}).prompt_ids == list(range(50)) and not caplog.text
+    assert model._request(0, "word " * 50, {"max_gen_toks": 60}).prompt_ids == list(range(46, 50))
+    assert "a prompt of 50 tokens loses its beginning" in caplog.text
+    with pytest.raises(InputError, match="responses of 64 tokens, and the model has room for 64"):
+        model._request(0, "word", {"max_gen_toks": 64})
+
+
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "alone"])
 def test_every_layout_answers_the_same(ranks, settings, alone, tmp_path, name):
     world_size, layout = LAYOUTS[name]

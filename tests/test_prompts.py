@@ -5,12 +5,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
+import megatron_ptrl
+from megatron_ptrl.config.segment import TaskConfig
 from megatron_ptrl.data.chat import PlainTemplate
 from megatron_ptrl.data.prompts import PromptSource
 from megatron_ptrl.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.records import Prompt
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+TEMPLATES = Path(megatron_ptrl.__file__).parent / "segmenting" / "prompts"
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,31 @@ def test_what_is_no_prompt_or_too_long_is_passed_over_and_told(tokenizer, tmp_pa
     assert told <= {("too_long", "2"), ("unreadable", "3"), ("unreadable", "4")} and len(told) >= 2
     (long, *_) = [each for each in rejects if each["reason"] == "too_long"]
     assert long["id"] == "long" and "expected 1 to 100" in long["detail"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task": "math"}, "task is 'math'; expected asr, msr, rlvr"),
+        ({"target": 72}, "target is 72; expected the text"),
+        ({"reference": " "}, 'reference is " "; expected the text'),
+        ({"messages": [{"role": "user", "content": None}]}, "expected a list of objects with role and content"),
+        ({"messages": []}, "expected a list of objects with role and content"),
+    ],
+)
+def test_a_line_whose_values_cannot_be_used_is_passed_over(tokenizer, tmp_path, values, message):
+    path = write(tmp_path / "a.jsonl", [json.dumps(json.loads(line("wrong")) | values), line("right")])
+    _, _, rejects = source(tokenizer, path).take(0, 2)
+    assert {each["reason"] for each in rejects} == {"unreadable"} and message in rejects[0]["detail"]
+
+
+def test_a_prompt_of_as_much_text_as_may_be_shown_has_room_beside_its_response():
+    (least,) = {
+        config["data"]["seq_length"] - config["rollout"]["max_tokens"] - TaskConfig().context_tokens
+        for config in map(yaml.safe_load, (path.read_text() for path in CONFIGS.glob("rlpt-*.yaml")))
+    }
+    longest = max(len(path.read_text()) for path in TEMPLATES.glob("[am]sr.txt"))
+    assert least > longest / 2, "tokens of two letters, which is shorter than any tokenizer's mean"
 
 
 def test_a_file_without_any_usable_prompt_ends_in_one_line(tokenizer, tmp_path):

@@ -121,15 +121,16 @@ def test_a_damaged_replay_is_refused(tmp_path, name):
 
     prompt = Prompt(id="p", task="asr", messages=[], target="", reference="")
     placed = PlacedPrompt(0, prompt, [1, 2])
-    judgement = Judgement(reward=1.0, reason="judged", prediction="x", seconds=0.0)
+    # To str.splitlines these end lines, to JSON they are letters.
+    judgement = Judgement(reward=1.0, reason="judged", prediction="x\u2028y\x85", seconds=0.0)
     response = Response(torch.tensor([3]).numpy(), torch.tensor([-0.5]).numpy(), "stop", judgement)
     found = Round([Group(placed, [response], 0)], next_place=1, passes=1)
     assert rollout_files.write(tmp_path, 1, found, [[0.0]], str) is None
     assert rollout_files.read(tmp_path, 1, lambda place: placed).groups[0].responses[0].judgement == judgement
-    first, last = rollout_files.path_of(tmp_path, 1).read_text().splitlines()
+    first, last = rollout_files.path_of(tmp_path, 1).read_bytes().splitlines()
     changes, message = DAMAGED[name]
     line = {key: value for key, value in (json.loads(first) | changes).items() if value is not ...}
-    rollout_files.path_of(tmp_path, 1).write_text(f"{json.dumps(line)}\n{last}\n")
+    rollout_files.path_of(tmp_path, 1).write_text(f"{json.dumps(line)}\n{last.decode()}\n")
     with pytest.raises(InputError, match=message):
         rollout_files.read(tmp_path, 1, lambda place: placed)
 

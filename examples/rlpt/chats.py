@@ -48,7 +48,7 @@ def conversations(paths: list[Path]) -> list[dict[str, Any]]:
     rng = random.Random(5)
     found = []
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             prompt = Prompt.from_json(line, f"{path}:{number}")
             misread = rng.randint(1, 2) if rng.random() < 0.4 else 0
             reply = respond(prompt, further=rng.random() < 1 / 3, misread=misread)

@@ -52,7 +52,7 @@ SMOOTHED_STEPS = 5
 def measure(run: Path) -> dict[str, float]:
     """The columns of the table for one run."""
     results = json.loads((run / "held_out" / "results.json").read_text(encoding="utf-8"))
-    lines = (run / "held_out" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run / "held_out" / "samples.jsonl").read_bytes().splitlines()
     figures = results["figures"]
     tries = "pass@8" if "questions/pass@8" in figures else "pass@1"  # a small run has two responses a prompt
     return {

@@ -109,7 +109,8 @@ class TaskConfig:
     tasks: list[Literal["asr", "msr"]] = field(default_factory=lambda: ["asr", "msr"])
     """asr: predict the next segment. msr: fill in a segment, the one that follows being shown."""
     context_tokens: int = 2048
-    """Text that a prompt shows, its beginning dropped at a segment's edge. The paper does not say."""
+    """Text that a prompt shows, its beginning dropped at a segment's edge; the words around it come on top, some
+    hundred tokens. The paper does not say."""
     tokenizer: str | None = None
     """tokenizer.json that counts them; null counts 4 bytes as one."""
     min_words: int = 4

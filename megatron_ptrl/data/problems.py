@@ -63,7 +63,6 @@ def _asked(place: int, name: str, where: str, line: bytes, number: int, template
             prompt = _of_question(record, name, number, template)
         else:
             prompt = Prompt.from_json(line, where)
-            _check(prompt)
         return Asked(place, name, where, prompt)
     except (InputError, ValueError) as error:
         return Asked(place, name, where, None, str(error))
@@ -86,16 +85,3 @@ def _of_question(record: dict[str, Any], name: str, number: int, template: str) 
         target=target,
         reference=target,
     )
-
-
-def _check(prompt: Prompt) -> None:
-    if prompt.task not in ("asr", "msr", "rlvr"):
-        raise InputError(f"task is {prompt.task!r}; expected asr, msr or rlvr")
-    if not isinstance(prompt.target, str) or not prompt.target.strip():
-        raise InputError("target is empty; expected what the answer is judged by")
-    good = isinstance(prompt.messages, list) and bool(prompt.messages)
-    if not good or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in prompt.messages
-    ):
-        raise InputError("messages: expected a list of objects with role and content")

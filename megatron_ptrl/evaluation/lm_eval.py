@@ -7,6 +7,7 @@ All ranks run the harness on the same questions, because they share the model; w
 among the data-parallel ranks here.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
     raise InputError(f"harness.tasks needs {error.name}; pip install megatron-ptrl[lm_eval]") from error
+
+logger = logging.getLogger(__name__)
 
 _NORMAL_95 = 1.96
 _OF_CHOICE = ("logprob", "target_in_head")
@@ -71,6 +74,7 @@ class HarnessModel(TemplateLM):
         self._settings, self._chunks, self._engine, self._tokenizer = settings, chunks, engine, tokenizer
         self._window, self._chunk, self._seed = settings.data.seq_length, chunk, seed
         self._max_gen_tokens = harness.max_gen_tokens
+        self._has_cut = False
 
     @property
     def eot_token_id(self) -> int:
@@ -147,8 +151,21 @@ class HarnessModel(TemplateLM):
         return [together[number] for number in range(len(requests))]
 
     def _request(self, number: int, context: str, options: dict[str, Any]) -> Request:
-        most = min(int(options.get("max_gen_toks", self._max_gen_tokens)), self._window - 1)
+        most = int(options.get("max_gen_toks", self._max_gen_tokens))
+        if most >= self._window:
+            raise InputError(
+                f"a task asks for responses of {most} tokens, and the model has room for {self._window}, prompt "
+                "included (data.seq_length); take a task file of your own with a smaller max_gen_toks "
+                "(harness.include_path)"
+            )
         ids = self.tok_encode(context) or [self.prefix_token_id]
+        if len(ids) > self._window - most and not self._has_cut:
+            self._has_cut = True
+            logger.warning(
+                "a prompt of %d tokens loses its beginning, as the harness's own models do it: %d of the model's %d "
+                "are for the response (told once)",
+                *(len(ids), most, self._window),
+            )
         return Request(ids[-(self._window - most) :], most, rollout_seed(self._seed, number, 0))
 
 

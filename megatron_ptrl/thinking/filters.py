@@ -29,17 +29,19 @@ REASONS = (
 
 # What a model says first when it will not do it. Only the opening counts: thinking may well discuss refusals.
 REFUSAL_CHARACTERS = 200
-_CANNOT = r"(?:can't|cannot|can not|won't|will not|(?:am|'m) (?:unable|not able) to|won't be able to|must decline to)"
+_UNABLE = r"(?:can't|cannot|can not|(?:am|'m) (?:unable|not able) to|won't be able to|must decline to)"
+_CANNOT = rf"(?:won't|will not|{_UNABLE})"
 _REFUSAL = re.compile(
     rf"\b(?:sorry|apologi[sz]e|unfortunately)\b[,.]? (?:but )?(?:as an? \w+(?: \w+)?,? )?I ?{_CANNOT}"
     # "I cannot help but wonder" is none.
     rf"|\bI ?{_CANNOT} (?:help|assist)(?: you)?(?: with\b|[.,!]|$)"
     rf"|\bI ?{_CANNOT} (?:comply|engage|fulfil|do that\b)"
-    # Nor is what cannot be said yet, or cannot be said without a step before it.
-    rf"|\bI ?{_CANNOT} (?:provide|continue|create|generate|discuss|answer|process)\b"
+    # Nor is what cannot be said yet, or cannot be said without a step before it, or what need not be said.
+    rf"|\bI ?{_UNABLE} (?:provide|continue|create|generate|discuss|answer|process)\b"
     r"(?![^.]{0,80}\b(?:without|until|unless|yet|before|directly|at once|by itself|alone)\b)"
-    r"|\bI (?:must|have to) (?:respectfully )?decline\b|\bI(?:'m| am) not comfortable (?:with|\w+ing)\b"
-    r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model)\b"
+    r"|\bI (?:must|have to) (?:respectfully )?decline\b"
+    r"|\bI(?:'m| am) not comfortable (?:\w+ing|with (?:this|that|such|your|\w+ing))\b"
+    r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model)\b(?! (?:researcher|engineer|expert|scientist))"
     r"[^.]{0,40}\bI (?:can't|cannot|do not|don't|am)"
     r"|(?:抱歉|对不起)[,，]?\s*(?:但)?我(?:无法|不能)|我(?:无法|不能)(?:提供|回答|协助|满足)",
     re.IGNORECASE,

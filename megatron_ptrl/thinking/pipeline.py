@@ -4,8 +4,9 @@
                  ->  generate_stage, one part after the other
                  ->  assemble_stage, when all parts are there
 
-OUTPUT/plan.json says which corpus and settings the output belongs to. The same command continues after a kill, and does
-nothing where all is done; another corpus or other settings are refused, since what they would give is something else.
+OUTPUT/plan.json says which corpus and settings the output belongs to. The same command continues after a kill; where
+all is done it asks for nothing, and makes the training set anew. Another corpus or other settings are refused, since
+what they would give is something else.
 """
 
 import asyncio

@@ -186,6 +186,11 @@ class Reinforcement(TrainingRun):
         if not self.log:
             return
         self.log.record_rejects([{"step": step, **line} for line in found.rejects])
+        if len(found.rejects) > len(found.groups):
+            self.say(
+                f"step {step}: {len(found.rejects)} prompts were passed over for the {len(found.groups)} that were "
+                f"taken; the last one: {found.rejects[-1]['detail']}; see {self.run_dir / 'rejects.jsonl'}"
+            )
         if self.config.rollout.dump:
             problem = rollout_files.write(self.run_dir / "rollouts", step, found, advantages, self.collector.text)
             if problem is not None:

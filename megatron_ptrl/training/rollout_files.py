@@ -77,7 +77,7 @@ def read(folder: Path, step: int, at: Callable[[int], PlacedPrompt]) -> Round:
     """
     path = path_of(folder, step)
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     except OSError as error:
         raise InputError(f"rollout.replay: {path}: {error.strerror}; expected a file for every step") from error
     except ValueError as error:
