@@ -10,7 +10,6 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from multiprocess.process import parent_process
 
 from megatron_ptrl.config import ExecutorConfig
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.interrupt import end_at_ctrl_c
 
 
 class PartStep(PipelineStep):
@@ -96,8 +96,7 @@ class _Task:
         self._run_for_rank, self._key_env, self._key = run_for_rank, key_env, os.environ.get(key_env, "")
 
     def __call__(self, rank: int, errors: Connection) -> None:
-        # Ctrl-C comes to every process of a terminal; the one that started the tasks tells of it.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        end_at_ctrl_c()
         os.environ[self._key_env] = self._key
         try:
             self._run_for_rank(rank)

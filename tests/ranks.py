@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120.0  # seconds for one call
+TIMEOUT = 300.0  # seconds for one call: six ranks that start on a machine with much else to do
 GRACE = 5.0  # seconds that the other ranks get once one has failed: they may be waiting for it for ever
 
 

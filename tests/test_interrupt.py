@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,14 @@ import pytest
 
 from megatron_ptrl import __main__ as command_line
 from megatron_ptrl.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """A shell starts what has `&` behind it with the signal ignored, and what that starts inherits it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def wait_for(happened, process: subprocess.Popen) -> None:
@@ -65,6 +74,23 @@ def test_a_worker_that_waits_for_work_ends_without_a_word() -> None:
     command = [sys.executable, "-W", "ignore", "-c", IDLE_WORKER]
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "told\n", "")
+
+
+WORKER_WITH_MORE_TO_DO = """
+import os, signal, time
+from megatron_ptrl.data.indexed_output import in_order
+
+for n, _ in in_order(((n, 0.1) for n in range(9)), time.sleep, 1, bool, ()):
+    os.killpg(0, signal.SIGINT)
+print(n)
+"""
+
+
+def test_what_is_told_to_ignore_it_keeps_its_workers() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    command = [sys.executable, "-W", "ignore", "-c", WORKER_WITH_MORE_TO_DO]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
 
 
 def run_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:

@@ -95,8 +95,20 @@ def test_what_does_not_define_the_model_may_change(ranks, prefix, run_of_four, t
         "model__recompute_method": "uniform",
         "model__recompute_num_layers": 1,
     }
-    metrics, _ = resumed(ranks, prefix, run_of_four, tmp_path / "run", **recompute)
+    metrics, told = resumed(ranks, prefix, run_of_four, tmp_path / "run", **recompute)
     assert metrics == read_metrics(run_of_four)
+    assert "model.recompute_granularity was None, from here on it is full" in told
+
+
+@pytest.mark.parametrize("start", ["run_dir", "checkpoint.load"])
+def test_another_network_of_the_same_shapes_is_refused(ranks, prefix, run_of_four, tmp_path, start):
+    other = {"model__rotary_interleaved": True}
+    with pytest.raises(RankError, match=r"holds a model with rotary_interleaved False, this run has True"):
+        if start == "run_dir":
+            resumed(ranks, prefix, run_of_four, tmp_path / "run", **other)
+        else:
+            settings = tiny_config(prefix, tmp_path / "run", checkpoint__load=str(run_of_four), **other)
+            run_tiny(ranks, 1, settings)
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(ranks, prefix, run_of_four, tmp_path):

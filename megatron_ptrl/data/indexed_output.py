@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from megatron_ptrl.errors import InputError
+from megatron_ptrl.interrupt import end_at_ctrl_c
 
 # The order in which finished files get their final names.
 PUBLISHED = (".tokenizer.json", ".json", ".bin", ".idx")
@@ -130,8 +130,7 @@ def in_order(
 
 
 def _begin_worker(initializer: Callable[..., object], *identity: Any) -> None:
-    # Ctrl-C comes to every process of a terminal; the one that started the workers tells of it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
     initializer(*identity)
 
 

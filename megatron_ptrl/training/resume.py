@@ -1,6 +1,7 @@
 """Which checkpoint a run begins with, whether it belongs to this run, and what has changed since it was saved."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,22 @@ from megatron_ptrl.training import checkpoint
 from megatron_ptrl.training.checkpoint import Progress
 from megatron_ptrl.training.frozen import check_padding
 
-# Other fields of the model (dropout, recomputation, fusions, the pipeline split) may change from run to run.
+# What the network computes from its weights, whether or not their shapes tell. Other fields of the model (dropout,
+# recomputation, fusions, the pipeline split) may change from run to run, and the log says so.
 _DEFINE_THE_MODEL = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
     *("normalization", "layernorm_epsilon", "qk_layernorm", "gated_linear_unit", "add_bias_linear", "add_qkv_bias"),
     *("activation_func", "share_embeddings_and_output_weights", "rotary_base", "make_vocab_size_divisible_by"),
-    *(
-        "rope_scaling_factor",
-        "num_moe_experts",
-        "moe_ffn_hidden_size",
-        "moe_layer_freq",
-        "moe_shared_expert_intermediate_size",
-    ),
-    *("moe_router_topk", "mtp_num_layers"),
+    *("rope_scaling_factor", "rotary_interleaved", "no_rope_freq", "mrope_section", "softmax_scale", "softmax_type"),
+    *("window_size", "window_attn_skip_freq", "qk_l2_norm", "attention_output_gate", "multi_latent_attention"),
+    *("experimental_attention_variant", "linear_attention_freq", "layernorm_zero_centered_gamma"),
+    *("apply_residual_connection_post_layernorm", "glu_linear_offset", "activation_func_clamp_value"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_latent_size", "moe_apply_probs_on_input"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_topk", "moe_router_num_groups"),
+    *("moe_router_group_topk", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
+    *("moe_router_score_function", "moe_router_enable_expert_bias", "mtp_num_layers"),
 )
+_ONLY_AT_THE_START = ("use_cpu_initialization", "init_method_std")
 _MUST_STAY = {
     "train.global_batch": "the position in the data and the schedule are counted in it",
     "parallel.distributed_optimizer": "Megatron-Core cannot convert the two forms",
@@ -137,12 +140,14 @@ def check_same_model(path: Path, config: RunConfig, tokenizer: Tokenizer) -> Non
     Padding of the vocabulary is part of the model, unless the loss leaves it out.
     """
     manifest, mine = checkpoint.read_manifest(path), describe(config, tokenizer)
-    saved = {name: manifest["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": manifest["vocab_size"]}
-    here = {name: mine["model"].get(name) for name in _DEFINE_THE_MODEL} | {"vocab_size": mine["vocab_size"]}
-    for name, value in saved.items():
-        if value != here[name]:
+    changed = _changed_model(manifest, config)
+    if manifest["vocab_size"] != mine["vocab_size"]:
+        changed["vocab_size"] = manifest["vocab_size"], mine["vocab_size"]
+    for name in (*_DEFINE_THE_MODEL, "vocab_size"):
+        if name in changed:
+            value, here = changed[name]
             raise InputError(
-                f"{path} holds a model with {name} {value}, this run has {here[name]}; use the checkpoint's value or "
+                f"{path} holds a model with {name} {value}, this run has {here}; use the checkpoint's value or "
                 "another run_dir"
             )
     if manifest["tokenizer"] != mine["tokenizer"]:
@@ -155,10 +160,22 @@ def check_same_model(path: Path, config: RunConfig, tokenizer: Tokenizer) -> Non
         check_padding(path, manifest, config, "checkpoint")
 
 
+def _changed_model(manifest: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """(value of the checkpoint, value of this run) of each field of the model that differs."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config.model)}
+    # As JSON holds them: a pair is a list there.
+    saved, here = manifest["model"], json.loads(json.dumps(model_fields(config.model)))
+    values = {name: (saved.get(name, defaults.get(name)), here.get(name, defaults.get(name))) for name in saved | here}
+    return {name: (before, now) for name, (before, now) in values.items() if before != now}
+
+
 def _check_settings(path: Path, config: RunConfig) -> list[str]:
     """A note for each setting that changed since the checkpoint."""
-    saved, now = checkpoint.read_manifest(path)["settings"], _settings(config)
+    manifest, now = checkpoint.read_manifest(path), _settings(config)
+    saved = manifest["settings"]
     changed = {name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value}
+    of_model = _changed_model(manifest, config)
+    changed |= {f"model.{name}": pair for name, pair in of_model.items() if name not in _ONLY_AT_THE_START}
     for name, reason in _MUST_STAY.items():
         if name in changed:
             before, value = (str(x).lower() for x in changed[name])
