@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_ptrl.config import DataConfig, TokenizeConfig
 from megatron_ptrl.data.batches import Samples, build_datasets, microbatches, unigram_cross_entropy
+from megatron_ptrl.data.index_cache import building_in
 from megatron_ptrl.data.indexed import resolve_tokenizer
 from megatron_ptrl.data.tokenize_stage import run
 from megatron_ptrl.errors import InputError
@@ -240,6 +243,29 @@ def test_too_little_data_or_a_bad_split(options, valid_samples, message, prefixe
 
 def test_no_held_out_documents_needed_without_an_evaluation(prefixes, tmp_path):
     assert datasets(tmp_path, config(prefixes["a"], split="100,0"))[1] is None
+
+
+ANOTHER_RUN = """
+import fcntl, sys, time, numpy
+lock = open(sys.argv[1] + "/.lock", "a")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+index = open(sys.argv[1] + "/a-GPTDataset-train-document_index.npy", "wb")
+index.write(b"half of it")
+index.flush()
+print("ready", flush=True)
+time.sleep(1)
+index.seek(0)
+numpy.save(index, numpy.arange(9))
+index.close()
+"""
+
+
+def test_what_another_run_is_writing_in_the_same_cache_is_left_to_it(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ANOTHER_RUN, tmp_path], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        with building_in(tmp_path):
+            (index,) = tmp_path.glob("*.npy")
+            assert len(numpy.load(index)) == 9
 
 
 def test_cache_that_cannot_be_written(prefixes, tmp_path):

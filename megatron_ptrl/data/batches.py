@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_ptrl.config import DataConfig, RemitConfig
 from megatron_ptrl.data.aligned import label_logprobs, open_sidecars
+from megatron_ptrl.data.index_cache import building_in
 from megatron_ptrl.data.parts import Part, check_enough, index_identity, open_parts
 from megatron_ptrl.data.sidecar import SideCar
 from megatron_ptrl.data.tokenizer import Tokenizer
@@ -119,29 +120,20 @@ def build_datasets(
     by_document = weighs and remit.center == "document"
     train_parts, valid_parts = open_parts(data, tokenizer, needs_ends="remit.center document" if by_document else None)
     sidecars = open_sidecars(remit.sidecar, train_parts, tokenizer) if weighs and remit.sidecar else None
-    cache = _writable(cache)
     for part in train_parts:
         check_enough(part, "train", data)
     for part in valid_parts if valid_samples else []:
         check_enough(part, "valid", data)
-    train = _build(train_parts, Split.train, train_samples, data, seed, tokenizer, cache)
-    train = replace(train, sidecars=sidecars, with_document_ids=by_document)
-    if not valid_samples:
-        return train, None
-    return train, _build(valid_parts, Split.valid, valid_samples, data, seed, tokenizer, cache)
-
-
-def _writable(cache: str | Path) -> Path:
-    path = Path(cache)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"data.cache {path}: {error.strerror}; name a folder that can be written") from error
-    return path
+    with building_in(Path(cache)):
+        train = _build(train_parts, Split.train, train_samples, data, seed, tokenizer, cache)
+        valid = None
+        if valid_samples:
+            valid = _build(valid_parts, Split.valid, valid_samples, data, seed, tokenizer, cache)
+    return replace(train, sidecars=sidecars, with_document_ids=by_document), valid
 
 
 def _build(
-    parts: list[Part], split: Split, samples: int, data: DataConfig, seed: int, tokenizer: Tokenizer, cache: Path
+    parts: list[Part], split: Split, samples: int, data: DataConfig, seed: int, tokenizer: Tokenizer, cache: str | Path
 ) -> Samples:
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -155,8 +147,6 @@ def _build(
         create_attention_mask=data.isolate_documents,
         eod_mask_loss=data.isolate_documents,
     )
-    if torch.distributed.get_rank() == 0:
-        _drop_unreadable(cache)
 
     def built(kind: type, *arguments: object) -> GPTDataset | BlendedDataset:
         return BlendedMegatronDatasetBuilder.build_generic_dataset(kind, lambda: True, True, *arguments)
@@ -184,15 +174,6 @@ def _build(
     if split is Split.valid:
         samples = _until_exhausted(weights, [len(dataset) for dataset in datasets], samples)
     return Samples(built(BlendedDataset, datasets, weights, samples, config), samples, tokenizer.vocab_size)
-
-
-def _drop_unreadable(cache: Path) -> None:
-    """Megatron-Core trusts any file of the right name; one that a killed run left half-written would stop the next."""
-    for path in [*cache.glob("*-GPTDataset-*.npy"), *cache.glob("*-BlendedDataset-*.npy")]:
-        try:
-            numpy.load(path, mmap_mode="r")
-        except (ValueError, EOFError):
-            path.unlink()
 
 
 def _until_exhausted(weights: list[float], lengths: list[int], samples: int) -> int:
