@@ -85,7 +85,8 @@ class EvaluateConfig:
     bootstrap: int = 1000
     """Resamplings of the problems behind a 95 % interval."""
     window: int | None = None
-    """Tokens of a row, the longest context; null for the sequence length that the checkpoint was trained with."""
+    """Tokens of a row, the longest context; null for the sequence length that the checkpoint was trained with.
+    A longer one is not refused, as rotary positions have no end; memory goes with its square."""
     overlap: int | None = None
     """Tokens of context that a window of a longer document shares with the one before; null for half."""
     micro_batch: int = 8
