@@ -127,7 +127,7 @@ class Stub:
         draw, ids, found = torch.Generator().manual_seed(seed), [], []
         while len(ids) < length:
             values = logits(self.config, self.weights, prompt + ids)[-1]
-            order = (values / temperature).softmax(-1).sort(descending=True)
+            order = (values / max(temperature, 1e-9)).softmax(-1).sort(descending=True)
             kept = order.values.cumsum(-1) - order.values < top_p
             place = int(torch.multinomial(order.values * kept, 1, generator=draw))
             chosen = int(order.indices[place])

@@ -256,7 +256,8 @@ def refused(rank: int, world_size: int, settings: Settings) -> str:
     from megatron_ptrl.training.engines import check_engine
 
     try:
-        check_engine(parsed(settings, "RLConfig"))
+        config = parsed(settings, "RLConfig")
+        check_engine(config, config.rollout)
     except (InputError, ArgumentError, SystemExit) as error:
         return str(error)
     return "nothing"

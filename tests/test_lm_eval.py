@@ -9,6 +9,7 @@ import pytest
 import torch
 from evaluating import read, run_evaluation, settings_of
 from scoring import WINDOW, direct
+from stub_rollout_server import StubRollouts
 from tiny import Settings, parsed
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install megatron-ptrl[lm_eval]")
@@ -41,7 +42,7 @@ def ask(rank: int, world_size: int, settings: Settings) -> list[Any]:
 
     evaluation = Evaluation(config)
     model = HarnessModel(
-        evaluation.settings, evaluation.model, evaluation._make_engine(), evaluation.tokenizer, config.harness, chunk=1
+        evaluation.settings, evaluation.model, evaluation.engine, evaluation.tokenizer, config.harness, chunk=1
     )
     pairs = [SimpleNamespace(args=pair) for pair in zip(TEXTS, ENDS, strict=True)]
     whole = [SimpleNamespace(args=(text,)) for text in [" ".join(ENDS) * 3, TEXTS[0]]]
@@ -58,6 +59,14 @@ def settings(reference: Settings, tmp_path_factory: Any) -> Settings:
 @pytest.fixture(scope="module")
 def alone(ranks: Any, settings: Settings) -> list[Any]:
     return ranks.run(1, ask, settings)[0]
+
+
+def test_servers_continue_as_the_weights_do(ranks: Any, settings: Settings, alone: list[Any], tmp_path: Any) -> None:
+    with StubRollouts() as stub:
+        servers = {"rollout.engine": "sglang", "rollout.servers": [stub.url], "output": str(tmp_path / "e")}
+        found = ranks.run(1, ask, settings | servers)[0]
+        assert stub.set()["/generate"] == len(TEXTS) + 2  # its version, and the probe
+    assert found == alone and any(found[2])
 
 
 def test_it_equals_forward_passes_in_fp64(ranks, reference, settings, alone, prefix, tmp_path):

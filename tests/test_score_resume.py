@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from ranks import RankError
 from scoring import reference_settings, score
 from test_indexed import tokenized
@@ -194,6 +195,34 @@ def test_a_value_that_is_not_finite_is_named(ranks, reference, unscored, tmp_pat
     message = rf"data, document {document}, token {token}: the reference gives it the log-probability -inf"
     refused(ranks, settings(reference, unscored, tmp_path / "s"), message, an_infinite_value)
     assert not (tmp_path / "s.parts" / "chunk_00000000.bin").exists()
+
+
+@contextlib.contextmanager
+def no_room_for_rows(module: Any) -> Iterator[None]:
+    """The pass for the first tokens fits, that of the rows asks torch for more than there are addresses."""
+    from megatron_ptrl.training import scorer
+
+    right = scorer._forward_step
+
+    def greedy(*arguments: Any) -> Any:
+        torch.empty(1 << 50)
+        return right(*arguments)
+
+    scorer._forward_step = greedy
+    try:
+        yield
+    finally:
+        scorer._forward_step = right
+
+
+def test_a_window_that_memory_cannot_hold_is_told_and_leaves_the_output_free(ranks, reference, unscored, tmp_path):
+    wide = settings(reference, unscored, tmp_path / "s", window=20_000_000)
+    told = r"window is 20000000, and memory cannot hold .* 1 x 20000000 tokens, .* 400,000,000,000,000 bytes .*; "
+    refused(ranks, wide, told + "lower window\n")
+    told = r"window is 64, and memory cannot hold .* 2 x 64 tokens, .* 8,192 bytes .*; lower window, or micro_batch, "
+    refused(ranks, settings(reference, unscored, tmp_path / "s"), told + "which is 2\n", no_room_for_rows)
+    assert not (tmp_path / "s.parts").exists()
+    ranks.run(1, score, settings(reference, unscored, tmp_path / "s"))
 
 
 def test_bad_input_is_refused(ranks, reference, unscored, tmp_path):

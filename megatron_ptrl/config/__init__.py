@@ -14,7 +14,7 @@ from megatron_ptrl.config.policy import PolicyLossConfig
 from megatron_ptrl.config.pretrain import DataConfig, PretrainConfig, SampleConfig, TrainConfig
 from megatron_ptrl.config.remit import RemitConfig
 from megatron_ptrl.config.rl import PromptsConfig, RLConfig, RolloutConfig
-from megatron_ptrl.config.rollout_server import RolloutServerConfig
+from megatron_ptrl.config.rollout_server import EngineConfig, RolloutServerConfig
 from megatron_ptrl.config.run import (
     CheckpointConfig,
     LogConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "ConvertConfig",
     "DataConfig",
     "DoctorConfig",
+    "EngineConfig",
     "EvaluateConfig",
     "ExecutorConfig",
     "GateConfig",

@@ -6,14 +6,13 @@ from typing import Literal
 from megatron_ptrl.config.checks import require
 from megatron_ptrl.config.judge import JudgeConfig
 from megatron_ptrl.config.model import ParallelConfig
+from megatron_ptrl.config.rollout_server import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswersConfig:
+class AnswersConfig(EngineConfig):
     """How prompts are answered. The defaults are those of arXiv:2509.19249 for mathematics."""
 
-    batch: int = 64
-    """Responses that a data-parallel rank writes at a time."""
     samples: int = 64
     """Responses to each prompt: the n of avg@n and cons@n."""
     max_tokens: int | None = None
@@ -29,8 +28,8 @@ class AnswersConfig:
     """Seconds to wait for judgements once the last response is written; what is missing then counts as unjudged."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "samples"):
-            require(getattr(self, name) >= 1, f"rollout.{name} is {getattr(self, name)}; expected >= 1")
+        EngineConfig.__post_init__(self)
+        require(self.samples >= 1, f"rollout.samples is {self.samples}; expected >= 1")
         most = self.max_tokens
         require(most is None or most >= 1, f"rollout.max_tokens is {most}; expected >= 1")
         require(self.temperature >= 0, f"rollout.temperature is {self.temperature}; expected >= 0")
@@ -85,7 +84,8 @@ class EvaluateConfig:
     bootstrap: int = 1000
     """Resamplings of the problems behind a 95 % interval."""
     window: int | None = None
-    """Tokens of a row, the longest context; null for the sequence length that the checkpoint was trained with."""
+    """Tokens of a row, the longest context; null for the sequence length that the checkpoint was trained with.
+    A longer one is not refused, as rotary positions have no end; memory goes with its square."""
     overlap: int | None = None
     """Tokens of context that a window of a longer document shares with the one before; null for half."""
     micro_batch: int = 8

@@ -1,13 +1,12 @@
 """Reinforcement on prompts: where they come from, how they are answered, how the policy learns from it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from megatron_ptrl.config.checks import require
 from megatron_ptrl.config.judge import JudgeConfig
 from megatron_ptrl.config.loss import LossConfig
 from megatron_ptrl.config.policy import PolicyLossConfig
-from megatron_ptrl.config.rollout_server import RolloutServerConfig
+from megatron_ptrl.config.rollout_server import EngineConfig
 from megatron_ptrl.config.run import RowsConfig, RunConfig
 
 
@@ -38,18 +37,9 @@ class PromptRowsConfig(RowsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(EngineConfig):
     """How prompts are answered."""
 
-    engine: Literal["megatron", "sglang", "vllm"] = "megatron"
-    """`megatron`: the weights that are trained, in the same processes. `sglang`, `vllm`: `servers`, which are given the
-    weights before each step; their probabilities differ a little from the trainer's, for which
-    policy.importance_sampling makes up."""
-    servers: list[str] = field(default_factory=list)
-    """URLs of SGLang or vLLM servers, such as http://localhost:30000."""
-    server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
-    batch: int = 64
-    """Responses that a data-parallel rank writes at a time."""
     prompts: int = 512
     """Prompts of a step, over all data-parallel ranks."""
     samples: int = 8
@@ -80,7 +70,8 @@ class RolloutConfig:
     """A folder of such files: their responses and rewards are used instead of new ones."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "prompts", "samples", "max_tokens", "updates"):
+        EngineConfig.__post_init__(self)
+        for name in ("prompts", "samples", "max_tokens", "updates"):
             require(getattr(self, name) >= 1, f"rollout.{name} is {getattr(self, name)}; expected >= 1")
         require(self.temperature > 0, f"rollout.temperature is {self.temperature}; expected > 0")
         require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p}; expected above 0, at most 1")
@@ -90,11 +81,6 @@ class RolloutConfig:
             0 < self.judge_patience <= 1500,
             f"rollout.judge_patience is {self.judge_patience}; expected above 0, at most 1500 seconds: the process "
             "groups of the ranks that wait give up after 1800",
-        )
-        require(
-            bool(self.servers) == (self.engine != "megatron"),
-            f"rollout.engine is {self.engine} with {len(self.servers)} rollout.servers; expected servers with sglang "
-            "and vllm, and none with megatron",
         )
         require(
             self.engine == "megatron" or self.server.deadline + self.judge_patience <= 1700,

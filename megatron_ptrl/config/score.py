@@ -20,7 +20,8 @@ class ScoreConfig:
     storage: Literal["bf16", "fp32"] = "bf16"
     """Bytes of a log-probability: 2, rounded by up to 0.4 %, or 4."""
     window: int | None = None
-    """Tokens of a packed row, the longest context; null for the sequence length that the reference was trained with."""
+    """Tokens of a packed row, the longest context; null for the sequence length that the reference was trained with.
+    A longer one is not refused, as rotary positions have no end; memory goes with its square."""
     overlap: int | None = None
     """Tokens of context that a window of a document longer than one shares with the one before; null for half."""
     micro_batch: int = 8

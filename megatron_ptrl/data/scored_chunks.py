@@ -102,6 +102,11 @@ class ScoredChunks:
         """Drop the folder."""
         shutil.rmtree(self.folder)
 
+    def remove_if_empty(self) -> None:
+        """Drop the folder where no chunk is in it."""
+        if not any(self.folder.glob("chunk_*.bin")):
+            self.remove()
+
     def _path(self, chunk: Chunk) -> Path:
         return self.folder / f"chunk_{chunk.number:08d}.bin"
 

@@ -44,7 +44,8 @@ class HttpEngine:
     weights: folder in which each version gets a folder of its own
     probe_ids: the fixed text   score: the trainer's log-probabilities of all its tokens but the first, on all ranks
 
-    With a temperature or top_p other than 1, a server that reports probabilities without them is refused.
+    trains: with a temperature or top_p other than 1, refuse a server that reports probabilities without them
+
     Raises InputError for what no repetition can change; the same on all ranks of the group, or of the run in `sync`.
     """
 
@@ -60,6 +61,7 @@ class HttpEngine:
         weights: Path,
         probe_ids: list[int],
         score: Callable[[list[int]], list[float]],
+        trains: bool,
     ) -> None:
         self.name = api.name
         self.weight_version = 0
@@ -73,7 +75,7 @@ class HttpEngine:
         """The version as servers know it; None before the first one."""
         self._seen: dict[str, tuple[list[float], list[float]]] = {}
         """By URL: the probe by the server and by the trainer, when the server's last changed."""
-        self._as_drawn: set[tuple[float, float]] = {(1.0, 1.0)}
+        self._trains, self._as_drawn = trains, {(1.0, 1.0)}
 
     def generate(
         self, requests: Sequence[Request], *, temperature: float, top_p: float, on_done: OnDone | None = None
@@ -144,7 +146,7 @@ class HttpEngine:
     async def _ask_for_all(
         self, requests: Sequence[Request], temperature: float, top_p: float, on_done: OnDone | None
     ) -> list[Generation]:
-        if (temperature, top_p) not in self._as_drawn and temperature > 0:
+        if self._trains and (temperature, top_p) not in self._as_drawn and temperature > 0:
             await self._check_as_drawn(requests[0].prompt_ids, temperature, top_p)
 
         async def one(number: int) -> Generation:

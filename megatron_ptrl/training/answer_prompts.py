@@ -96,7 +96,7 @@ def answer(
     Raises InputError when too many of a round could not be judged; the rounds before it are kept.
     """
     ranks = parallel_state.get_data_parallel_world_size()
-    at_once = ranks * max(1, _BATCHES_OF_A_ROUND * settings.batch // settings.samples)
+    at_once = ranks * max(1, _BATCHES_OF_A_ROUND * settings.at_once // settings.samples)
     for begin in range(0, len(missing), at_once):
         part = missing[begin : begin + at_once]
         groups = responder.answer([usable.placed for usable in part], Round())

@@ -1,4 +1,4 @@
-"""`rollout.engine` -> the engine of a run, with the training model's own chunks behind it."""
+"""`rollout.engine` -> the engine of a run or an evaluation, with its model's own chunks behind it."""
 
 from functools import partial
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_ptrl.config import RLConfig
+from megatron_ptrl.config import EngineConfig, RunConfig
 from megatron_ptrl.data.tokenizer import Tokenizer
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.rollout.engine import RolloutEngine
@@ -15,17 +15,30 @@ from megatron_ptrl.training.generate import window_logits
 from megatron_ptrl.training.hf_export import architecture
 
 
-def check_engine(config: RLConfig) -> None:
+def check_engine(config: RunConfig, rollout: EngineConfig) -> None:
     """InputError where `rollout.engine` cannot answer for this model or layout, before anything is built."""
-    if config.rollout.engine == "megatron":
+    if rollout.engine == "megatron":
         check_can_generate(config)
     else:
         architecture(config)
 
 
-def make_engine(config: RLConfig, chunks: list[Any], tokenizer: Tokenizer, probe_ids: list[int]) -> RolloutEngine:
-    """The engine. probe_ids: tokens of a prompt, by which servers are held against the trainer."""
-    rollout, vocab_size, eod = config.rollout, tokenizer.vocab_size, tokenizer.eod
+def make_engine(
+    config: RunConfig,
+    rollout: EngineConfig,
+    chunks: list[Any],
+    tokenizer: Tokenizer,
+    *,
+    probe_ids: list[int],
+    folder: Path,
+    trains: bool,
+) -> RolloutEngine:
+    """The engine of `chunks`, which are `config`'s.
+
+    probe_ids: tokens of a prompt, by which servers are held against the trainer   folder: the default for their weights
+    trains: on the responses, so that their log-probabilities have to be those they were drawn with
+    """
+    vocab_size, eod = tokenizer.vocab_size, tokenizer.eod
     if rollout.engine == "megatron":
         return MegatronEngine(config, chunks, eod=eod, vocab_size=vocab_size, batch=rollout.batch)
     try:
@@ -44,13 +57,14 @@ def make_engine(config: RLConfig, chunks: list[Any], tokenizer: Tokenizer, probe
         window=config.data.seq_length,
         eod=eod,
         vocab_size=vocab_size,
-        weights=Path(rollout.server.weights or Path(config.run_dir) / "weights"),
+        weights=Path(rollout.server.weights or folder / "weights"),
         probe_ids=probe_ids,
         score=partial(trainers_logprobs, config, chunks, vocab_size),
+        trains=trains,
     )
 
 
-def trainers_logprobs(config: RLConfig, chunks: list[Any], vocab_size: int, ids: list[int]) -> list[float]:
+def trainers_logprobs(config: RunConfig, chunks: list[Any], vocab_size: int, ids: list[int]) -> list[float]:
     """log-probabilities of all of `ids` but the first, over the real tokens, in nats, on every rank. Collective.
 
     Cost: a forward pass over a window, and len(ids) x v logits on every rank.

@@ -4,6 +4,9 @@
     prompts    --answer_prompts-> samples.jsonl  --sample_figures-->
     tasks      --lm_eval------->  harness.json   ------------------>
 
+Text is measured by the checkpoint's weights on these ranks, whatever draws the responses: they themselves, or servers
+that are given them as `ptrl rl` gives them.
+
 Run it alone or under torchrun, in any layout of tensor, pipeline and data parallelism; the same command goes on where
 one was killed. A response follows from the seed, its prompt's line and its own number, whatever the layout.
 """
@@ -29,11 +32,12 @@ from megatron_ptrl.evaluation import results
 from megatron_ptrl.evaluation.lines import Lines, read_lines
 from megatron_ptrl.evaluation.pass_at_k import Figure
 from megatron_ptrl.rollout.engine import RolloutEngine
-from megatron_ptrl.rollout.megatron_engine import MegatronEngine, check_can_generate
 from megatron_ptrl.rollout.rewards import check_judge, make_rewarder
 from megatron_ptrl.training import answer_prompts, checkpoint, layers, mcore, measure_text
 from megatron_ptrl.training.answer_prompts import REJECTS, SAMPLES
+from megatron_ptrl.training.engines import check_engine, make_engine
 from megatron_ptrl.training.frozen import check_padding, check_vocabulary, load_frozen_model, tokenizer_of
+from megatron_ptrl.training.hf_export import export_hf
 from megatron_ptrl.training.layout import check_launched, check_layout
 from megatron_ptrl.training.rank_zero import from_rank_0
 from megatron_ptrl.training.resume import find_source
@@ -86,7 +90,7 @@ class Evaluation:
         check_padding(self.checkpoint, self.manifest, self.settings, "checkpoint")
         layers.check_supported(self.settings)
         if config.prompts or config.harness.tasks:
-            check_can_generate(self.settings)
+            check_engine(self.settings, config.rollout)
         mcore.initialize(self.settings, timeout_minutes=WAIT_MINUTES)
         self.window = self.settings.data.seq_length
         self.overlap = self.window // 2 if config.overlap is None else config.overlap
@@ -103,14 +107,19 @@ class Evaluation:
             open_indexed(prefix)
         from_rank_0(lambda: self._begin(digest))
         self._model: list[torch.nn.Module] | None = None
+        self._engine: RolloutEngine | None = None
         for note in notes:
             self.say(note)
 
     def run(self) -> None:
         """Measure what is missing, write the results, print them."""
-        self._measure_text()
-        self._answer()
-        self._run_harness()
+        try:
+            self._measure_text()
+            self._answer()
+            self._run_harness()
+        finally:
+            if self._engine is not None:
+                self._engine.close()
         if dist.get_rank() == 0:
             self._finish()
         dist.barrier()
@@ -126,6 +135,22 @@ class Evaluation:
         if self._model is None:
             self._model = load_frozen_model(self.settings, self.checkpoint, self.tokenizer.vocab_size)
         return self._model
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """What draws the responses, with the checkpoint's weights; made when it is first wanted. Collective."""
+        if self._engine is None:
+            self._engine = make_engine(
+                self.settings,
+                self.answers,
+                self.model,
+                self.tokenizer,
+                probe_ids=self.tokenizer.encode(self.config.problem_template),
+                folder=self.output,
+                trains=False,
+            )
+            self._engine.sync(self.manifest["step"], partial(export_hf, self.settings, self.model, self.tokenizer))
+        return self._engine
 
     def _begin(self, digest: str) -> None:
         """Make the folder, or see that it is this evaluation's."""
@@ -192,7 +217,7 @@ class Evaluation:
             return
         if self.config.judge.kind == "lexical" and any(asked.placed.prompt.task != "rlvr" for asked in missing):
             self.say("judge.kind is lexical: it compares characters and understands nothing; for smoke runs")
-        engine, rewarder = self._make_engine(), self._make_rewarder() if judges() else None
+        engine, rewarder = self.engine, self._make_rewarder() if judges() else None
         lines = Lines(self.output / SAMPLES) if dist.get_rank() == 0 else None
         responder = Responder(self.answers, self.config.seed, self.tokenizer, engine, rewarder)
         tell = _Clock(self, "prompts").tell
@@ -201,7 +226,6 @@ class Evaluation:
         finally:
             if rewarder is not None:
                 rewarder.close()
-            engine.close()
             if lines:
                 lines.close()
 
@@ -217,7 +241,7 @@ class Evaluation:
         from megatron_ptrl.evaluation.lm_eval import HarnessModel, evaluate
 
         batch = self.answers.batch
-        model = HarnessModel(self.settings, self.model, self._make_engine(), self.tokenizer, harness, chunk=batch)
+        model = HarnessModel(self.settings, self.model, self.engine, self.tokenizer, harness, chunk=batch)
         found = evaluate(model, harness, bootstrap=self.config.bootstrap)
         if dist.get_rank() == 0:
             whole = {"harness": dataclasses.asdict(harness), "figures": results.as_json(found)}
@@ -227,12 +251,6 @@ class Evaluation:
     def _harness_done(self) -> bool:
         path = self.output / HARNESS
         return path.is_file() and json.loads(path.read_text())["harness"] == dataclasses.asdict(self.config.harness)
-
-    def _make_engine(self) -> RolloutEngine:
-        vocab_size, eod = self.tokenizer.vocab_size, self.tokenizer.eod
-        engine = MegatronEngine(self.settings, self.model, eod=eod, vocab_size=vocab_size, batch=self.answers.batch)
-        engine.weight_version = self.manifest["step"]
-        return engine
 
     def _make_rewarder(self) -> Judging:
         return make_rewarder(self.config.judge)
@@ -253,6 +271,7 @@ class Evaluation:
             "checkpoint": str(self.checkpoint),
             "step": self.manifest["step"],
             "consumed_tokens": _consumed_tokens(self.manifest),
+            "engine": config.rollout.engine,
             "judge": config.judge.kind,
             "rejected": len(rejects),
             "data": texts,
@@ -299,7 +318,7 @@ class _Clock:
 def _plan(config: EvaluateConfig, digest: str, window: int, overlap: int) -> dict[str, Any]:
     """What two evaluations with the same figures have in common, as JSON holds it."""
     settings = {name: value for name, value in plain_settings(config).items() if name not in _FREE}
-    for name in ("batch", "judge_patience", "max_unjudged"):
+    for name in ("batch", "servers", "server", "judge_patience", "max_unjudged"):
         del settings["rollout"][name]
     for name in ("servers", "server", "cache", "deadline"):
         del settings["judge"][name]

@@ -61,7 +61,7 @@ def window_logits(config: RunConfig, chunks: list[Any], written: list[int], plac
     positions = torch.arange(config.data.seq_length, device=device)[None]
     mask = None
     if config.data.isolate_documents:
-        mask = torch.ones(config.data.seq_length, config.data.seq_length, dtype=torch.bool, device=device).triu(1)[
+        mask = torch.ones(config.data.seq_length, config.data.seq_length, dtype=torch.bool, device=device).triu_(1)[
             None, None
         ]
 

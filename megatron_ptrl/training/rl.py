@@ -58,7 +58,7 @@ def check(config: RLConfig, world_size: int) -> tuple[Layout, Tokenizer]:
     layers.check_supported(config)
     mcore.transformer_config(config)
     check_schedule(config)
-    check_engine(config)
+    check_engine(config, config.rollout)
     if config.rollout.replay is None:
         check_judge(config.judge)
     if not config.prompts.files:
@@ -130,7 +130,15 @@ class Reinforcement(TrainingRun):
 
     def _make_engine(self) -> RolloutEngine:
         (first,), _, _ = self.prompts.take(0, 1)
-        return make_engine(self.config, self.chunks, self.tokenizer, first.ids)
+        return make_engine(
+            self.config,
+            self.config.rollout,
+            self.chunks,
+            self.tokenizer,
+            probe_ids=first.ids,
+            folder=self.run_dir,
+            trains=True,
+        )
 
     def _make_rewarder(self) -> Judging:
         return make_rewarder(self.config.judge)

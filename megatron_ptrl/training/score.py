@@ -97,7 +97,12 @@ class Scoring:
             return
         if len(missing) < len(self.windows):
             self.say(f"{len(self.windows) - len(missing)} of {len(self.windows)} chunks are there already")
-        rate = self._score(missing) if missing else 0.0
+        try:
+            rate = self._score(missing) if missing else 0.0
+        except InputError:
+            if dist.get_rank() == 0:
+                self.parts.remove_if_empty()  # it would refuse the settings that the error asks for
+            raise
         dist.barrier()
         if dist.get_rank() == 0:
             self._merge(rate)

@@ -1,5 +1,6 @@
 """Pieces of documents -> packed rows -> Megatron's schedule, forward only -> figures of every token."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,9 +63,10 @@ class Scorer:
     def score_first_tokens(self, eod: int, vocab_size: int) -> None:
         """Get the figures of a document's first token, those after `eod` alone: one forward pass for all.
 
-        Collective over all ranks; comes before `score`.
+        Collective over all ranks; comes before `score`. Raises InputError where memory cannot hold a row.
         """
-        logprob = next_logits(self._config, self._chunks, [eod]).log_softmax(-1)
+        with self._in_memory(rows=1):
+            logprob = next_logits(self._config, self._chunks, [eod]).log_softmax(-1)
         known = {
             "logprob": logprob,
             "entropy": -(logprob.exp() * logprob).sum().expand_as(logprob),
@@ -90,9 +92,13 @@ class Scorer:
         """float32 (figures, tokens), of a chunk's tokens in their order; None on ranks without the last pipeline stage.
 
         num_microbatches: at least what the chunk needs; where experts are shared, all ranks must run the same number.
-        Collective over the model-parallel ranks. Raises InputError for a token id that the model does not know, or a
-        log-probability that is not finite.
+        Collective over the model-parallel ranks. Raises InputError for a token id that the model does not know, a
+        log-probability that is not finite, or where memory cannot hold the rows of a microbatch.
         """
+        with self._in_memory(rows=self._config.train.micro_batch):
+            return self._score(packed, num_microbatches)
+
+    def _score(self, packed: Packed, num_microbatches: int) -> numpy.ndarray | None:
         batches = [self._batches(packed, num_microbatches) for _ in self._chunks]
         micro_batch, width = self._config.train.micro_batch, self._windows.window
         collected: list[Tensor] = []
@@ -114,6 +120,23 @@ class Scorer:
         if not collected:
             return self._gather(packed, numpy.empty((len(self._figures), 0, width), numpy.float32))
         return self._gather(packed, torch.cat(collected, dim=1).cpu().numpy())
+
+    @contextlib.contextmanager
+    def _in_memory(self, *, rows: int) -> Iterator[None]:
+        """Tells in one line that a forward pass over `rows` rows does not fit."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not _no_memory(error):
+                raise
+            window, micro_batch = self._windows.window, self._config.train.micro_batch
+            said = str(error).partition("\n")[0]
+            fewer = f", or micro_batch, which is {micro_batch}" if rows > 1 else ""
+            raise InputError(
+                f"window is {window}, and memory cannot hold a forward pass over {rows} x {window} tokens, whose "
+                f"attention mask alone has {rows * window**2:,} bytes ({said}); lower window"
+                f"{fewer}"
+            ) from error
 
     def _batches(self, packed: Packed, num_microbatches: int) -> Iterator[Tensor]:
         """int64 [4, b, s] for each microbatch, on the device of the model."""
@@ -177,10 +200,18 @@ class Scorer:
         return values
 
 
+def _no_memory(error: BaseException) -> bool:
+    """Whether NumPy, torch on a GPU or torch on a CPU could not allocate, which the last has no class of errors for."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(said in str(error) for said in ("can't allocate memory", "Storage size calculation overflowed"))
+
+
 def _forward_step(figures: tuple[str, ...], batches: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Any]:
     tokens, labels, positions, pieces = next(batches)
-    causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
-    barred = causal | (pieces[:, :, None] != pieces[:, None, :])
+    # The largest first: where it does not fit, nothing else was made for it.
+    barred = pieces[:, :, None] != pieces[:, None, :]
+    barred |= torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu_(1)
     return model(tokens, positions, barred[:, None], labels=labels), partial(_stats, figures, unwrap(model))
 
 
