@@ -42,7 +42,7 @@ def test_python_blocks_run_and_the_equivalence_holds() -> None:
 @pytest.mark.slow
 def test_shell_blocks_run(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
-    modules = sorted(Path(os.__file__).parent.glob("[a-d]*.py"))
+    modules = sorted(Path(os.__file__).parent.glob("[ab]*.py"))
     for module in modules[::2]:
         (tmp_path / "corpus" / f"{module.stem}.txt").write_text(module.read_text())
     with gzip.open(tmp_path / "more.jsonl.gz", "wt") as more:
