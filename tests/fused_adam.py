@@ -43,9 +43,10 @@ class FusedAdam(torch.optim.Optimizer):
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         if not state:
             state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-        first = state["exp_avg"].mul_(beta1).add_(parameter.grad, alpha=1 - beta1)
+        # Rounded as by torch's Adam on a CPU, or weights between two numbers of bf16 would fall to either of them.
+        first = state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
         second = state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-        unbiased = (second / (1 - beta2 ** group["step"])).sqrt_() + group["eps"]
+        unbiased = second.sqrt().div_((1 - beta2 ** group["step"]) ** 0.5).add_(group["eps"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.addcdiv_(first, unbiased, value=-group["lr"] / (1 - beta1 ** group["step"]))
 

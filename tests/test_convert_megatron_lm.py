@@ -13,6 +13,7 @@ import torch
 from test_convert import convert, ptrl
 from tiny import Settings, pretraining, read_metrics, run_tiny, tiny_config
 
+from megatron_ptrl.conversion.megatron_args import settings_of
 from megatron_ptrl.conversion.torch_dist import Reader, copy, write
 from megatron_ptrl.errors import InputError
 
@@ -220,6 +221,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp16": ({"fp16": True}, "fp16 is True; expected False"),
     "no layers": ({"num_layers": None}, "its args have num_layers None; expected a whole number"),
 }
+
+
+SPLITS = [
+    ({"data_path": ["a"], "split": "60 / 30 / 10"}, {"split": "60,30,10"}),
+    ({"data_args_path": "paths.txt", "split": "969, 30, 1"}, {"split": "969,30,1"}),
+    ({"train_data_path": ["0.5", "a", "0.5", "b"], "split": None}, {"split": "1"}),
+    ({"per_split_data_args_path": "paths.json", "split": None}, {"split": "1"}),
+    ({"mock_data": True, "split": "1,1,1"}, {}),
+]
+
+
+@pytest.mark.parametrize(("told", "split"), SPLITS)
+def test_the_documents_that_were_trained_on_go_along_however_they_were_named(told, split):
+    args = Namespace(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=64, global_batch_size=8, **told)
+    assert settings_of(args, Path("there"))["data"] == {"seq_length": 64, **split}
 
 
 def written_args(rank: int, world_size: int, folder: str, changed: dict[str, Any], settings: Settings) -> None:

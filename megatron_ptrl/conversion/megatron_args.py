@@ -96,9 +96,11 @@ def settings_of(args: Namespace, where: Path) -> dict[str, dict[str, Any]]:
 
 def _split(told: dict[str, Any]) -> dict[str, str]:
     """Which documents were trained on decides their order, too. Megatron-LM takes any separators between the shares."""
-    if not told.get("data_path") or not told.get("split"):
-        return {}
-    return {"split": ",".join(re.findall(r"[.0-9]+", told["split"]))}
+    if any(told.get(name) for name in ("data_path", "data_args_path")) and told.get("split"):
+        return {"split": ",".join(re.findall(r"[.0-9]+", told["split"]))}
+    if any(told.get(name) for name in ("train_data_path", "per_split_data_args_path")):
+        return {"split": "1"}
+    return {}
 
 
 def _optimizer(told: dict[str, Any], batch: int) -> dict[str, Any]:
