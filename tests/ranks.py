@@ -26,6 +26,8 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Megatron-Core marks functions for the compiler while it is imported; the command line spares itself that, too.
+    torch.compile = lambda function=None, **_: function or (lambda function: function)
     # Megatron-Core saves checkpoints through a helper process, and a daemon may have none.
     multiprocessing.current_process().daemon = False
     while (message := connection.recv()) is not None:
