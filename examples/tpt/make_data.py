@@ -1,6 +1,6 @@
 """Seeds -> documents, held-out sums and a tokenizer for run.py.
 
-python make_data.py FOLDER [--documents 12000] [--held_out 200]
+python make_data.py FOLDER [--documents 16000] [--held_out 200]
 
 documents.jsonl   {"id": ..., "text": ..., "kind": "stated" or "open"}
 held_out.jsonl    {"beginning": ..., "things": ..., "total": ...} with operands of their own
@@ -43,7 +43,7 @@ def main() -> None:
     """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--documents", type=int, default=12_000)
+    parser.add_argument("--documents", type=int, default=16_000)
     parser.add_argument("--held_out", type=int, default=200)
     arguments = parser.parse_args()
     folder: Path = arguments.folder

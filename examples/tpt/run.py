@@ -2,7 +2,7 @@
 
     make_data -> think, against think_server.py -> pretrain by each method, over seeds -> compare
 
-    python examples/tpt/run.py [--work_dir .tpt] [--documents 12000] [--seeds 3] [--small]
+    python examples/tpt/run.py [--work_dir .tpt] [--documents 16000] [--seeds 3] [--small]
 
 The paper's case of constrained data: TPT goes over the documents and their thinking once, vanilla over the documents
 alone for as many tokens, so about twice. Both train the same model in the same steps; a seed changes its weights and
@@ -99,12 +99,12 @@ def main() -> None:
     """Parse the command line and run everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path(".tpt"))
-    parser.add_argument("--documents", type=int, help="default 12000, or 60 with --small; training takes as long")
+    parser.add_argument("--documents", type=int, help="default 16000, or 60 with --small; training takes as long")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     parser.add_argument("--small", action="store_true", help="a minute instead of minutes, and nothing is learnt")
     arguments = parser.parse_args()
     stages = Stages(HERE / "configs", SMALL if arguments.small else None)
-    documents = arguments.documents or (60 if arguments.small else 12_000)
+    documents = arguments.documents or (60 if arguments.small else 16_000)
     with timed():
         Example(arguments.work_dir, documents, arguments.seeds, stages).run()
 
