@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120.0  # seconds for one call
+TIMEOUT = 600.0  # seconds for one call
 GRACE = 5.0  # seconds that the other ranks get once one has failed: they may be waiting for it for ever
 
 

@@ -17,7 +17,7 @@ from tiny import Settings, flags, read_metrics, run_tiny, tiny_config
 
 ROOT = Path(__file__).parents[1]
 SBATCH = str(ROOT / "launch/slurm/stage.sbatch")
-SECONDS = 120.0
+SECONDS = 600.0
 STEPS = 30
 
 
