@@ -29,7 +29,7 @@ def answer(prediction: str) -> str:
 def openai_config(servers: list[str], **changed: Any) -> JudgeConfig:
     """Impatient settings; `server` holds changes of its ServerConfig."""
     server = ServerConfig(
-        **{"timeout": 20.0, "attempts": 2, "backoff": 0.001, "patience": 10.0} | changed.pop("server", {})
+        **{"timeout": 60.0, "attempts": 2, "backoff": 0.001, "patience": 10.0} | changed.pop("server", {})
     )
     gate = GateConfig(min_words=1, min_share=0.0, copied_share=0.0)
     return JudgeConfig(**{"kind": "openai", "servers": servers, "server": server, "gate": gate} | changed)

@@ -23,7 +23,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 PARTITION = "cpu"
 NODES = ("one", "two")
-SECONDS = 60.0
+SECONDS = 300.0
 
 CONFIGURATION = """
 ClusterName=tests

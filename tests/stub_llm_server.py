@@ -1,9 +1,13 @@
 """An OpenAI-compatible chat server that misbehaves on request, in a process of its own.
 
     python stub_llm_server.py LOG [--port 0] [--fault NAME] [--every 5] [--latency 0.002] [--like SERVER]
+                                  [--gather N] [--allow N]
 
 `StubServer` starts one from a test. It prints its port, then appends to LOG the id of each document that it answers
 with thinking; a document says its id in its first word. What it writes is a function of the prompt and the seed.
+
+So that a test need not be faster than a run: the first `--gather` requests are answered once all of them have come, and
+after `--allow` answers the others wait until the test allows more.
 """
 
 import argparse
@@ -56,6 +60,11 @@ class StubServer:
         """Requests that were under way together."""
         with urllib.request.urlopen(self.url + "/models") as reply:
             return json.load(reply)["most_at_once"]
+
+    def allow(self, answers: int) -> None:
+        """Answer this many documents in all, and let the others wait."""
+        with urllib.request.urlopen(f"{self.url}/allow/{answers}") as reply:
+            reply.read()
 
     def kill(self) -> None:
         """As a crash would."""
@@ -144,6 +153,8 @@ class Stub:
         self.fault, self.every, self.latency = arguments.fault, arguments.every, arguments.latency
         self.like = arguments.like
         self.requests = self.under_way = self.most_at_once = 0
+        self.gather, self.allowed, self.answers = arguments.gather, arguments.allow, 0
+        self.changed = asyncio.Condition()
         self.log = open(arguments.log, "a", buffering=1)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -167,6 +178,11 @@ class Stub:
         if line.split()[1] == b"/v1/models":
             models = {"data": [{"id": "stub"}], "most_at_once": self.most_at_once}
             return await self._answer(writer, 200, json.dumps(models).encode())
+        if line.startswith(b"GET /v1/allow/"):
+            async with self.changed:
+                self.allowed = int(line.split()[1].rpartition(b"/")[2])
+                self.changed.notify_all()
+            return await self._answer(writer, 200, b"{}")
         body = json.loads(content)
         prompt = body["messages"][-1]["content"]
         word = (judged(prompt) or [prompt])[-1].split()[0]
@@ -175,6 +191,9 @@ class Stub:
         its_turn = self.requests % self.every == 0
         self.under_way += 1
         self.most_at_once = max(self.most_at_once, self.under_way)
+        async with self.changed:
+            self.changed.notify_all()
+            await self.changed.wait_for(lambda: self.requests >= self.gather)
         # Not all the same, so that replies overtake each other.
         await asyncio.sleep(self.latency * (1 + zlib.crc32(word.encode()) % 5))
         self.under_way -= 1
@@ -189,6 +208,9 @@ class Stub:
             return await self._answer(writer, STATUS[fault], json.dumps(said).encode())
         if fault in ("not_json", "not_chat"):
             return await self._answer(writer, 200, b"<html>busy</html>" if fault == "not_json" else b'{"choices": []}')
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.answers < self.allowed)
+            self.answers += 1
         self.log.write(word + "\n")
         return await self._answer(writer, 200, json.dumps(completion(body, fault, self.like)).encode())
 
@@ -206,6 +228,8 @@ async def main() -> None:
     parser.add_argument("--fault", choices=FAULTS, default=None)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--latency", type=float, default=0.002)
+    parser.add_argument("--gather", type=int, default=1)
+    parser.add_argument("--allow", type=int, default=sys.maxsize)
     parser.add_argument("--like", choices=LIKE, default="plain")
     stub = Stub(parser.parse_args())
     server = await asyncio.start_server(stub.serve, "127.0.0.1", parser.parse_args().port, limit=1 << 26, backlog=1024)

@@ -11,18 +11,27 @@ import pytest
 from tiny import flags, read_metrics, run_tiny, tiny_config
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 180.0
-# A stage whose rank `STUB_RANK` ends with `STUB_CODE`, and the others two seconds later, as when a connection is lost.
+SECONDS = 600.0
+# A stage whose rank `STUB_RANK` ends with `STUB_CODE`, and the others two seconds after its agent has seen it, as when
+# a connection is lost.
 STUB = """
 import os, sys, time
+is_first = os.environ["RANK"] == os.environ["STUB_RANK"]
+if is_first:
+    with open(os.environ["STARTS"] + ".first", "w") as first:
+        first.write(str(os.getpid()))
 with open(os.environ["STARTS"], "a") as starts:
     starts.write(os.environ["RANK"])
 all_of_them = int(os.environ["WORLD_SIZE"]) * (1 + int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
 while os.path.getsize(os.environ["STARTS"]) < all_of_them:
     time.sleep(0.05)
-if os.environ["RANK"] == os.environ["STUB_RANK"]:
+if is_first:
     print("ptrl stub: what is wrong", "and a warning", sep="\\n", file=sys.stderr)
     sys.exit(int(os.environ["STUB_CODE"]))
+with open(os.environ["STARTS"] + ".first") as first:
+    process = "/proc/" + first.read()
+while os.path.exists(process):
+    time.sleep(0.05)
 time.sleep(2)
 sys.exit(1)
 """

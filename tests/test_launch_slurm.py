@@ -1,6 +1,8 @@
 """launch/slurm on a real Slurm of two nodes: whatever becomes of ranks and jobs, the figures are those without it."""
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from tiny import Settings, flags, read_metrics, run_tiny, tiny_config
 
 ROOT = Path(__file__).parents[1]
 SBATCH = str(ROOT / "launch/slurm/stage.sbatch")
-SECONDS = 120.0
+SECONDS = 600.0
 STEPS = 30
 
 
@@ -51,6 +53,27 @@ def rank_processes(job: str) -> dict[str, psutil.Process]:
     return found
 
 
+def go_on_until(wanted: str, job: str, is_there: Callable[[], object]) -> None:
+    """`wait_for`, of a job whose ranks go step by step: the first one stops there, if not before."""
+
+    def looked() -> bool:
+        if is_there():
+            return True
+        for process in rank_processes(job).values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_STOPPED:
+                    process.resume()
+        return False
+
+    wait_for(wanted, looked)
+
+
+def is_told(process: psutil.Process) -> bool:
+    """Whether it has SIGTERM before it, for when it goes on."""
+    pending = re.search(r"(?m)^ShdPnd:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text())
+    return bool(pending and int(pending[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def steps_done(settings: Settings) -> int:
     metrics = Path(settings["run_dir"]) / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.exists() else 0
@@ -68,22 +91,30 @@ def state(slurm: SlurmCluster, job: str) -> str:
     return next(word.removeprefix("JobState=") for word in said.split() if word.startswith("JobState="))
 
 
-def test_a_rank_is_killed_then_time_is_over_and_the_job_goes_on_by_itself(ranks, slurm, prefix):
+def test_a_rank_is_killed_then_time_is_over_and_the_job_goes_on_by_itself(ranks, slurm, prefix, monkeypatch):
+    home = Path("home").absolute()
+    shutil.copytree(ROOT / "launch", home / "launch")
+    launcher = (home / "launch/torchrun.sh").read_text()
+    (home / "launch/torchrun.sh").write_text(launcher.replace(" -m megatron_ptrl ", f" {ROOT}/tests/step_by_step.py "))
+    monkeypatch.setenv("PTRL_HOME", str(home))
     options = {"train__steps": STEPS, "checkpoint__save_every": 5, "model__hidden_dropout": 0.1}
     settings = tiny_config(prefix, Path("run").absolute(), **options)
     whole = run_tiny(ranks, 2, settings | {"run_dir": str(Path("whole").absolute())})
     job = slurm.ask("sbatch", "--parsable", "--nodes", "2", SBATCH, "pretrain", *flags(settings))
 
-    wait_for("checkpoint", lambda: steps_done(settings) >= 7)
+    go_on_until("checkpoint", job, lambda: steps_done(settings) == 7)
     assert set(rank_processes(job)) == {"0", "1"}
     killed = rank_processes(job)["1"]
     killed.kill()
-    wait_for("restart of the ranks", lambda: "continuing from" in Path("run/log.txt").read_text())
+    go_on_until("restart of the ranks", job, lambda: "continuing from" in Path("run/log.txt").read_text())
     resumed = steps_done(settings)
-    wait_for("step after it", lambda: steps_done(settings) > resumed + 1)
+    go_on_until("step after it", job, lambda: steps_done(settings) > resumed + 1)
+    first = rank_processes(job)["0"]
+    wait_for("stop", lambda: first.status() == psutil.STATUS_STOPPED)
     slurm.ask("scancel", "--signal", "USR1", "--batch", job)  # as --signal=B:USR1@300 does before the end of its time
-    wait_for("second start", lambda: "start 2" in Path(f"ptrl-{job}.out").read_text())
-    wait_for("end", lambda: state(slurm, job) not in ("RUNNING", "COMPLETING"))
+    wait_for("signal", lambda: is_told(first))
+    go_on_until("second start", job, lambda: "start 2" in Path(f"ptrl-{job}.out").read_text())
+    go_on_until("end", job, lambda: state(slurm, job) not in ("RUNNING", "COMPLETING"))
 
     output, log = Path(f"ptrl-{job}.out").read_text(), Path("run/log.txt").read_text()
     assert state(slurm, job) == "COMPLETED", output
@@ -97,8 +128,9 @@ def test_a_rank_is_killed_then_time_is_over_and_the_job_goes_on_by_itself(ranks,
 
 def test_a_server_as_a_step_is_waited_for_and_started_again(slurm, monkeypatch):
     source = write_corpus(Path("in.jsonl"), 40)
+    # The first one has answered so many when it is killed, and the second one is left with fewer.
     command = (
-        f"{sys.executable} {ROOT}/tests/stub_llm_server.py {Path('answered').absolute()} --port {{port}} --latency 0.1"
+        f"{sys.executable} {ROOT}/tests/stub_llm_server.py {Path('answered').absolute()} --port {{port}} --allow 25"
     )
     os.environ["SERVER"], os.environ["SERVER_HEALTH"] = command, "/v1/models"
     try:
@@ -107,7 +139,7 @@ def test_a_server_as_a_step_is_waited_for_and_started_again(slurm, monkeypatch):
         job = slurm.ask("sbatch", "--parsable", "--nodes", "2", SBATCH, "think", *map(str, words))
     finally:
         del os.environ["SERVER"], os.environ["SERVER_HEALTH"]
-    wait_for("answer", lambda: Path("answered").exists() and Path("answered").read_text().count("\n") >= 5)
+    wait_for("answer", lambda: Path("answered").exists() and Path("answered").read_text().count("\n") == 25)
     (server,) = serving()
     server.send_signal(signal.SIGKILL)
     wait_for("end", lambda: state(slurm, job) not in ("RUNNING", "COMPLETING"))

@@ -1,43 +1,62 @@
 """What rank 0 does alone may take longer than any collective waits."""
 
-import time
 from datetime import timedelta
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from ranks import RankError, Ranks
+from ranks import Ranks
 
-TIMEOUT = 1.0  # seconds of the process group; it is half an hour in a run
+LOOKS = 3  # of the rank that waits, each an hour after the one before; a collective waits for half an hour
+SECONDS = 60.0
 
 
-def slow_work(rank: int, world_size: int, folder: Path) -> list[str]:
-    """Two answers of rank 0, the first of which takes longer than a collective may; then its refusal."""
+def slow_work(rank: int, world_size: int) -> tuple[list[str], list[bool]]:
+    """(two answers of rank 0 and its refusal, whether the work was over when each of the collectives began).
+
+    Rank 0 works until the other one has looked often enough, or has begun a collective instead.
+    """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
 
     from megatron_ptrl.errors import InputError
-    from megatron_ptrl.training.rank_zero import from_rank_0
+    from megatron_ptrl.training import rank_zero
 
-    dist.destroy_process_group()
-    store, limit = f"file://{folder}/store", timedelta(seconds=TIMEOUT)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
+    store, broadcast = _get_default_store(), dist.broadcast_object_list
+    hours, over = 0, []
 
-    def tokenize(seconds: float) -> str:
+    def look_again(seconds: float) -> None:
+        nonlocal hours
+        hours += 1
+        if hours % LOOKS == 0:
+            store.set(f"{name} may end", "")
+
+    def begin(*args: object, **options: object) -> None:
+        over.append(store.check([f"{name} is over"]))
+        store.set(f"{name} may end", "")
+        broadcast(*args, **options)
+
+    def tokenize() -> str:
         assert rank == 0
-        time.sleep(seconds)
-        return f"folder{seconds}"
+        store.wait([f"{name} may end"], timedelta(seconds=SECONDS))
+        store.set(f"{name} is over", "")
+        return name
 
     def refuse() -> str:
-        raise InputError("no usable conversation")
+        raise InputError(f"no {tokenize()}")
 
-    found = [from_rank_0(lambda: tokenize(3 * TIMEOUT)), from_rank_0(lambda: tokenize(0.0))]
-    with pytest.raises(InputError, match="no usable conversation") as caught:
-        from_rank_0(refuse)
-    return [*found, str(caught.value)]
+    clock = SimpleNamespace(sleep=look_again, monotonic=lambda: 3600.0 * hours, time=lambda: 3600.0 * hours)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_zero, "time", clock)
+        patch.setattr(dist, "broadcast_object_list", begin)
+        name = "first"
+        found = [rank_zero.from_rank_0(tokenize)]
+        name = "second"
+        found.append(rank_zero.from_rank_0(tokenize))
+        name = "third"
+        with pytest.raises(InputError) as caught:
+            rank_zero.from_rank_0(refuse)
+    return [*found, str(caught.value)], over
 
 
-def test_the_others_wait_longer_than_a_collective(ranks: Ranks, tmp_path: Path) -> None:
-    try:
-        answers = ranks.run(2, slow_work, tmp_path)
-    except RankError as error:
-        pytest.fail(str(error)[-500:])
-    assert answers == [["folder3.0", "folder0.0", "no usable conversation"]] * 2
+def test_the_others_wait_longer_than_a_collective(ranks: Ranks) -> None:
+    assert ranks.run(2, slow_work) == [(["first", "second", "no third"], [True] * 3)] * 2

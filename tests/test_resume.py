@@ -13,22 +13,25 @@ import pytest
 from ranks import Ranks
 from tiny import Metrics, Settings, flags, read_metrics, run_tiny, tiny_config
 
-DEADLINE = 120.0  # seconds for anything here; the whole run takes ten on an idle core
+DEADLINE = 600.0  # seconds for anything here; the whole run takes ten on an idle core
+PROGRAM = ["-m", "megatron_ptrl"]
+STEP_BY_STEP = [str(Path(__file__).with_name("step_by_step.py"))]
 STEPS = 24
 
 
-def command(settings: Settings) -> list[str]:
+def command(settings: Settings, program: list[str]) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [sys.executable, *launcher, *rendezvous, "-m", "megatron_ptrl", "pretrain", *flags(settings)]
+    return [sys.executable, *launcher, *rendezvous, *program, "pretrain", *flags(settings)]
 
 
 @contextlib.contextmanager
-def launched(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+def launched(settings: Settings, program: list[str] = PROGRAM) -> Iterator[subprocess.Popen[str]]:
     """torchrun and its ranks, of which nothing is left afterwards."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     with open(Path(settings["run_dir"]).with_suffix(".out"), "a") as output:
-        process = subprocess.Popen(command(settings), stdout=output, stderr=output, text=True, env=environment)
+        process = subprocess.Popen(command(settings, program), stdout=output, stderr=output, text=True, env=environment)
         try:
             yield process
         finally:
@@ -67,28 +70,36 @@ def rank_pids(process: subprocess.Popen[str]) -> list[int]:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> list[int]:
-    """Returns at that moment, with the ranks stopped; their process ids.
-
-    They run for a few milliseconds at a time, so that none of their steps passes unseen on a fast machine.
-    """
+    """Goes STEP_BY_STEP to that moment, at which rank 0 is stopped and the others wait for it; their process ids."""
     end = time.monotonic() + DEADLINE
     pids: list[int] = []
-    while not condition():
+    while True:
         assert process.poll() is None, f"the run ended with {process.returncode} before that moment"
         assert time.monotonic() < end, "that moment did not come in time"
-        if len(pids) < 2:
-            pids = rank_pids(process)
-            time.sleep(0.1)  # they import for seconds
-        tell(pids, signal.SIGCONT)
-        time.sleep(0.004)
-        tell(pids, signal.SIGSTOP)
-    return pids or rank_pids(process)
+        pids = pids if len(pids) == 2 else rank_pids(process)
+        if len(pids) == 2 and is_stopped(pids[0]):
+            if condition():
+                return pids
+            os.kill(pids[0], signal.SIGCONT)
+        time.sleep(0.005 if len(pids) == 2 else 0.1)  # they import for seconds
 
 
-def tell(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+def is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def run_to_its_end(process: subprocess.Popen[str], rank_0: int) -> int:
+    """The exit code of what went STEP_BY_STEP."""
+    end = time.monotonic() + DEADLINE
+    while process.poll() is None:
+        assert time.monotonic() < end, "the end did not come in time"
+        if is_stopped(rank_0):
+            os.kill(rank_0, signal.SIGCONT)
+        time.sleep(0.005)
+    return process.returncode
 
 
 def steps_done(settings: Settings) -> int:
@@ -119,11 +130,11 @@ def uninterrupted(ranks: Ranks, prefix: str, tmp_path_factory: pytest.TempPathFa
 def test_killed_in_a_step_and_in_a_save_the_same_command_repeats_the_figures(prefix, tmp_path, uninterrupted):
     settings = run_settings(prefix, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
-    with launched(settings) as process:
-        wait_until(lambda: steps_done(settings) >= 8, process)
+    with launched(settings, STEP_BY_STEP) as process:
+        wait_until(lambda: steps_done(settings) == 8, process)
     assert [path.name for path in checkpoints.glob("step_*")] == ["step_00000005"]
-    assert steps_done(settings) >= 8, "figures after the checkpoint are there to be dropped"
-    with launched(settings) as process:
+    assert steps_done(settings) == 8, "figures after the checkpoint are there to be dropped"
+    with launched(settings, STEP_BY_STEP) as process:
         wait_until(lambda: any(checkpoints.glob(".step_00000015.partial/*")), process)
     assert not (checkpoints / "step_00000015").exists() and (checkpoints / ".step_00000015.partial").exists()
     assert finish(settings) == uninterrupted
@@ -136,15 +147,14 @@ def test_signals_save_and_go_on_or_save_and_stop(prefix, tmp_path, uninterrupted
     """Told to one rank only, and not the one that writes the log: all ranks act in the same step."""
     settings = run_settings(prefix, tmp_path / "run") | {"checkpoint.save_every": 0, "checkpoint.keep_last": 9}
     checkpoints = tmp_path / "run" / "checkpoints"
-    with launched(settings) as process:
-        pids = wait_until(lambda: steps_done(settings) >= 2, process)
-        tell(pids[1:], signal.SIGUSR1)
+    with launched(settings, STEP_BY_STEP) as process:
+        rank_0, other = wait_until(lambda: steps_done(settings) == 2, process)
+        os.kill(other, signal.SIGUSR1)
         wait_until(lambda: any(checkpoints.glob("step_*")), process)
         after_save = steps_done(settings)
         wait_until(lambda: steps_done(settings) > after_save, process)
-        tell(pids[1:], signal.SIGTERM)
-        tell(pids, signal.SIGCONT)
-        assert process.wait(DEADLINE) == 0
+        os.kill(other, signal.SIGTERM)
+        assert run_to_its_end(process, rank_0) == 0
     saved = sorted(int(path.name.removeprefix("step_")) for path in checkpoints.iterdir())
     stopped = len([row for row in read_metrics(tmp_path / "run") if "loss" in row])
     assert len(saved) == 2 and 2 <= saved[0] < saved[1] == stopped < STEPS

@@ -16,7 +16,7 @@ from rl_runs import make_prompts, reinforcement, rl_config
 from tiny import Metrics, Settings, read_metrics
 
 STEPS = 5
-DEADLINE = 240.0  # seconds for all lives; half a minute on an idle core
+DEADLINE = 900.0  # seconds for all lives; half a minute on an idle core
 
 
 def die() -> None:

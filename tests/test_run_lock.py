@@ -1,17 +1,19 @@
 """A run directory has one writer, whoever it is, and none once that one is dead."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from ranks import Ranks
 
 from megatron_ptrl.errors import InputError
 
+SECONDS = 60.0
 HOLD = """
 import pathlib, sys, time
 from megatron_ptrl.training import run_lock
@@ -55,23 +57,32 @@ def test_a_second_writer_is_refused_on_every_rank_until_the_first_is_dead(ranks:
     assert ranks.run(2, taken, str(tmp_path / "run")) == ["", ""]
 
 
-def hold(folder: str) -> None:
+def hold(folder: str, asked: Connection) -> None:
+    """Die with the lock; a child that has what was open answers until there is nobody to ask it."""
     from megatron_ptrl.training import run_lock
 
     held = run_lock._take(Path(folder))
     if os.fork() == 0:
-        time.sleep(8)
+        with contextlib.suppress(EOFError):
+            while True:
+                asked.send(asked.recv())
         os._exit(0)
     assert not held.closed
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_helper_of_a_killed_run_does_not_hold_it(ranks: Ranks, tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=hold, args=(str(tmp_path / "run"),))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert ranks.run(1, taken, str(tmp_path / "run")) == [""]
+    context = multiprocessing.get_context("spawn")
+    helper, theirs = context.Pipe()
+    with helper:
+        process = context.Process(target=hold, args=(str(tmp_path / "run"), theirs))
+        process.start()
+        theirs.close()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert ranks.run(1, taken, str(tmp_path / "run")) == [""]
+        helper.send("still there?")
+        assert helper.poll(SECONDS) and helper.recv() == "still there?"
 
 
 def test_a_folder_that_cannot_be_made_is_told(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,19 +1,16 @@
 """`ptrl segment` from text to prompts: the same bytes however it is run, and whatever becomes of the processes."""
 
 import json
-import multiprocessing
-import os
 import random
 import re
 import shutil
-import signal
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import nltk
 import pytest
+from held_segments import held
 from stub_llm_server import StubServer
 
 from megatron_ptrl.__main__ import main
@@ -154,18 +151,6 @@ def test_bytes_do_not_depend_on_tasks(tasks, workers, megabytes, corpus, evaluat
     assert (tmp_path / "out" / "asr.jsonl").stat().st_mtime_ns == before
 
 
-def kill_when(config: SegmentConfig, pattern: str, count: int, patience: float = 60) -> None:
-    """Run in a process of its own until so many files of the output match, then SIGKILL."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=(config,))
-    process.start()
-    deadline = time.monotonic() + patience
-    while len(list(Path(config.output).glob(pattern))) < count and process.is_alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_several_points(workers, corpus, evaluation, undisturbed, tmp_path):
     clean = CleanConfig(decontaminate=[str(evaluation)])
@@ -174,8 +159,8 @@ def test_killed_at_several_points(workers, corpus, evaluation, undisturbed, tmp_
     points = (("clean/signatures/*.npy", 2), ("clean/signatures/*.npy", 3), ("punkt.json", 1), ("parts/0000?.json", 2))
     # A pool of processes takes seconds to start.
     for pattern, count in points if workers == 1 else points[::3]:
-        kill_when(config, pattern, count)
-        assert not (tmp_path / "out" / "summary.json").exists()
+        with held(config, pattern, count):
+            assert not (tmp_path / "out" / "summary.json").exists()
     run(config)
     assert contents(tmp_path / "out") == contents(undisturbed)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*contents(undisturbed), "plan.json", "logs"}
@@ -236,18 +221,9 @@ def test_another_corpus_or_other_settings_are_refused(corpus, evaluation, tmp_pa
 def test_one_process_at_a_time(corpus, tmp_path):
     """A second one must not remove the parts that the first still writes."""
     config = settings(corpus, tmp_path / "out")
-    process = multiprocessing.get_context("fork").Process(target=run, args=(config,))
-    process.start()
-    try:
-        while not (tmp_path / "out" / "clean").exists():
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGSTOP)
-        assert not (tmp_path / "out" / "summary.json").exists()
+    with held(config, "clean/signatures/*.npy", 1):
         with pytest.raises(InputError, match="out: another process is writing there; wait for its end"):
             run(config)
-    finally:
-        process.kill()
-        process.join()
     run(config)
     assert (tmp_path / "out" / "asr.jsonl").stat().st_size
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from multiprocess import forkserver
+from forked import SECONDS, forked
 from stub_llm_server import StubServer
 from think_runs import contents, rejects, think_config, thoughts, write_corpus
 
@@ -52,27 +52,16 @@ def undisturbed(corpus, tmp_path_factory) -> dict[str, bytes]:
     return contents(folder / "out")
 
 
-def run_alone(config: ThinkConfig) -> None:
-    """`run` in a forked process, for which the server that the tests' own process forks from is no child."""
-    forkserver._forkserver.__init__()
-    run(config)
-
-
-def kill_when(config: ThinkConfig, log: Path, answered: int) -> None:
-    """Run in a process of its own until that many documents are answered in all, then SIGKILL."""
-    process = multiprocessing.get_context("fork").Process(target=run_alone, args=(config,))
-    process.start()
-    while len(log.read_text().split()) < answered:
-        assert process.is_alive()
-        time.sleep(0.005)
-    process.kill()
-    process.join()
+def kill_when(config: ThinkConfig, server: StubServer, answered: int) -> None:
+    """With that many documents answered in all, and the next ones in flight."""
+    server.allow(answered)
+    with forked(run, config, until=lambda: len(server.answered()) == answered):
+        pass
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_several_points(workers, corpus, undisturbed, tmp_path):
-    log = tmp_path / "log"
-    with StubServer(log, "--latency", "0.02", "--fault", "400", "--every", "100000") as server:
+    with StubServer(tmp_path / "log", "--fault", "400", "--every", "100000") as server:
         config = think_config(
             [corpus],
             tmp_path / "out",
@@ -85,7 +74,8 @@ def test_killed_at_several_points(workers, corpus, undisturbed, tmp_path):
         )
         points = (1, 20, 33, 70)
         for answered in points:
-            kill_when(config, log, answered)
+            kill_when(config, server, answered)
+        server.allow(1000)
         run(config)
     # A run whose first reply is a refusal asks a question of its own, whether its settings are to blame.
     asked = [word for word in server.answered() if word != "What"]
@@ -204,7 +194,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_where_it_was(size,
         (tmp_path / "out" / "plan.json").write_bytes((tmp_path / "plan" / "plan.json").read_bytes())
         process = context.Process(target=_limited, args=(config, size, told))
         process.start()
-        message = told.get(timeout=30)
+        message = told.get(timeout=SECONDS)
         process.join()
         assert (
             "File too large; what is done is kept" in message
@@ -232,7 +222,7 @@ def test_thoughts_that_cannot_be_written_are_written_later(tmp_path):
 
 
 def test_a_worker_that_is_killed_ends_the_run_and_not_the_work(corpus, undisturbed, tmp_path):
-    with StubServer(tmp_path / "log", "--latency", "0.02", "--fault", "400", "--every", "100000") as server:
+    with StubServer(tmp_path / "log", "--allow", "20", "--fault", "400", "--every", "100000") as server:
         config = think_config(
             [corpus], tmp_path / "out", [server.url], part_megabytes=0.004, in_flight=2, tasks=2, workers=2, **ASSEMBLED
         )
@@ -246,9 +236,10 @@ def test_a_worker_that_is_killed_ends_the_run_and_not_the_work(corpus, undisturb
         holders = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _holds(pid, tmp_path / "out")]
         assert holders and process.pid not in holders
         os.kill(holders[0], signal.SIGKILL)
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=SECONDS) == 1
         assert b"ended with exit code -9" in process.stderr.read()
         process.stderr.close()
+        server.allow(1000)
         run(config)
         assert len(server.answered()) <= DOCUMENTS - 1 + 4
     assert contents(tmp_path / "out") == undisturbed
