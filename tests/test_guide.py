@@ -15,6 +15,7 @@ BLOCKS = list(dict.fromkeys(block for page in PAGES for block in blocks(ROOT / p
 HERE = "run by tests/test_guide.py"
 ELSEWHERE = (
     "run by CI",
+    "make test: run by CI; make quickstart: by tests/test_quickstart.py, shortened",
     "run by tests/test_benchmarks.py, at a small size",
     "run by tests/test_quickstart.py, shortened: TPT",
     "run by tests/test_quickstart.py, shortened: RLPT",
