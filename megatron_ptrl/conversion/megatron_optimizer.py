@@ -120,9 +120,7 @@ def _other_schedule(told: dict[str, Any], iteration: int) -> str | None:
         if end != steps:
             return f"its WSD schedule ends after {end} iterations of {steps} (--lr-decay-iters), and ours after all"
     if told.get("lr_warmup_init") and iteration < _warmup_steps(told, batch):
-        return (
-            f"its warm-up, which is not over, began at --lr-warmup-init {told['lr_warmup_init']}, and ours begins at 0"
-        )
+        return f"its warm-up is not over and began at --lr-warmup-init {told['lr_warmup_init']}; ours begins at 0"
     start, end = told.get("start_weight_decay"), told.get("end_weight_decay")
     if start != end:
         return f"its weight decay goes from {start} to {end} (--weight-decay-incr-style), and ours stays the same"
