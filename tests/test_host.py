@@ -110,3 +110,22 @@ def waiting_threads(rank: int, world_size: int) -> tuple[list[int], list[float],
 def test_process_groups_share_the_threads_that_wait(ranks):
     for threads, sums, timeout in ranks.run(2, waiting_threads):
         assert 15 < threads[-1] < 22 and sums == [2.0] * 39 and timeout == "0:01:17"
+
+
+def fused_gelu(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from megatron_ptrl.training import host
+
+    host.install_if_no_cuda()
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
+
+    x, bias = torch.linspace(-4, 4, 64).reshape(2, 32).requires_grad_(), torch.linspace(-1, 1, 32)
+    value = bias_gelu_impl(x, bias)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+def test_functions_that_megatron_core_compiles_run_as_they_are_written(ranks):
+    x, bias = torch.linspace(-4, 4, 64).reshape(2, 32).requires_grad_(), torch.linspace(-1, 1, 32)
+    expected = torch.nn.functional.gelu(x + bias, approximate="tanh")
+    value, gradient = ranks.run(1, fused_gelu)[0]
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), x)[0], atol=1e-5, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from tiny import flags
 
 from megatron_ptrl.cli import parse
 from megatron_ptrl.config import ConvertConfig, PretrainConfig
+from megatron_ptrl.config.run import OptimizerConfig
 from megatron_ptrl.conversion import convert_stage
-from megatron_ptrl.conversion.hf_input import write_settings
+from megatron_ptrl.conversion.hf_input import parsed, write_settings
 from megatron_ptrl.conversion.megatron_args import settings_of
 from megatron_ptrl.conversion.megatron_optimizer import ISOLATION, cannot_continue, schedule_args
 from megatron_ptrl.conversion.megatron_output import _SAID, args_of, check_model, flags_beyond_args
@@ -29,8 +31,17 @@ SIZES = {"model.hidden_size": 64, "model.num_attention_heads": 4, "model.ffn_hid
 GELU = {"model.gated_linear_unit": False, "model.activation_func": "gelu", "model.add_bias_linear": True}
 
 
+@cache
+def default_run() -> PretrainConfig:
+    return parse(PretrainConfig, flags(SIZES), prog="ptrl")
+
+
 def run_with(settings: dict[str, Any]) -> PretrainConfig:
-    return parse(PretrainConfig, flags(SIZES | settings), prog="ptrl")
+    run = default_run()
+    for name, value in settings.items():
+        section, _, field = name.partition(".")
+        run = dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **{field: value})})
+    return run
 
 
 def said(run: PretrainConfig) -> dict[str, Any]:
@@ -127,14 +138,11 @@ def test_a_run_comes_back_as_it_went(name, tmp_path):
     args = Namespace(**said(run))
     assert cannot_continue(args, COMMON) is None
     back = settings_of(args, HERE)
-    words = {f"{section}.{field}": value for section, fields in back.items() for field, value in fields.items()}
-    write_settings(
-        tmp_path, parse(PretrainConfig, flags({k: v for k, v in words.items() if v is not None}), prog="ptrl")
-    )
+    write_settings(tmp_path, parsed(back))
     again = parse(PretrainConfig, ["--config", str(tmp_path / "config.yaml")], prog="ptrl")
     assert network(again) == network(run)
     assert again.data.isolate_documents == run.data.isolate_documents
-    found = run.optimizer.__class__(**back["optimizer"])
+    found = OptimizerConfig(**back["optimizer"])
     assert dataclasses.replace(found, decay_steps=None) == dataclasses.replace(run.optimizer, decay_steps=None)
     assert schedule_args(dataclasses.replace(run, optimizer=found)) == schedule_args(run)
 

@@ -48,6 +48,8 @@ def install() -> None:
     _patch_torch_cuda()
     _patch_megatron()
     _patch_gloo()
+    # Megatron-Core's fused functions run as they are written: inductor would ask the device for what it is made of.
+    torch.compiler.set_stance("force_eager")
     mode = _OnHost()
     mode.__enter__()
     _installed.append(mode)
