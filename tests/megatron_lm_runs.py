@@ -14,7 +14,7 @@ HOST = Path(__file__).with_name("megatron_lm_host.py")
 BASE = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
     --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-3 --eval-iters 1 --eval-interval 2
     --tokenizer-type NullTokenizer --vocab-size 600 --make-vocab-size-divisible-by 512 --num-workers 0
-    --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion
+    --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     --no-bias-dropout-fusion --no-persist-layer-norm --no-rope-fusion --position-embedding-type rope
     --distributed-backend gloo --use-cpu-initialization --hidden-dropout 0 --attention-dropout 0
     --log-interval 1""".split()

@@ -198,7 +198,7 @@ def test_weights_from_hugging_face_become_a_release_of_megatron_lm(ranks, prefix
     torch.save(common, tmp_path / "theirs" / "release" / "common.pt")
     words = ("--input", str(tmp_path / "theirs"), "--tokenizer", f"{prefix}.tokenizer.json")
     code, refused = ranks.run(1, ptrl, "convert", *words, "--output", str(tmp_path / "tied"))[0]
-    assert code == 2 and "has output_layer.weight, which the model that its args describe does not have" in refused
+    assert code == 2 and "has output_layer.weight, which the model of its args does not have" in refused
     from safetensors.torch import load_file
 
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
@@ -302,7 +302,7 @@ TENSORS: dict[str, tuple[Any, str]] = {
     ),
     "unknown": (
         lambda t: t.update({"decoder.layers.self_attention.core_attention.softmax_offset": ((4, 4), None)}),
-        "has decoder.layers.self_attention.core_attention.softmax_offset, which the model that its args describe does",
+        "has decoder.layers.self_attention.core_attention.softmax_offset, which the model of its args does",
     ),
 }
 
@@ -316,10 +316,10 @@ def test_a_checkpoint_with_other_tensors_than_its_args_say_is_refused(name):
     model = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4)
     stored: dict[str, Any] = {key: (shape, None) for key, shape in tensors_of(model, 512).items()}
     stored["optimizer.state.exp_avg.embedding.word_embeddings.weight"] = ((512, 64), None)
-    check_tensors(model, 512, stored, Path("there"))
+    check_tensors(model, 512, stored, Path("there"), by="args")
     change(stored)
     with pytest.raises(InputError, match=message):
-        check_tensors(model, 512, stored, Path("there"))
+        check_tensors(model, 512, stored, Path("there"), by="args")
 
 
 class Evil:

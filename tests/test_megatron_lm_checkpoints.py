@@ -3,6 +3,7 @@
 The same documents, split, seed and steps give both the same rows in the same order, so every loss can be compared.
 """
 
+import json
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -22,10 +23,18 @@ OF_THE_RUN = f"""--train-iters {STEPS} --global-batch-size {BATCH} --lr 2e-3 --l
     --weight-decay 0.1 --adam-beta2 0.95 --vocab-size 511 --ckpt-format torch_dist""".split()
 OF_THE_MODEL = """--normalization RMSNorm --qk-layernorm --swiglu --disable-bias-linear --group-query-attention
     --num-query-groups 2 --ffn-hidden-size 128""".split()
+# GELU fused with its bias unless that is switched off.
+GELU = """--normalization RMSNorm --qk-layernorm --group-query-attention --num-query-groups 2
+    --ffn-hidden-size 128""".split()
+OUR_GELU = {"model.gated_linear_unit": False, "model.activation_func": "gelu", "model.add_bias_linear": True}
+WSD = ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "4")
+OUR_WSD = {"optimizer.schedule": "wsd", "optimizer.decay_steps": 4, "optimizer.wsd_decay": "exponential"}
+ISOLATED = ("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss", "--calculate-per-token-loss")
 DISTRIBUTED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
 PP = ("--pipeline-model-parallel-size", "2")
 # Six places are equal only where both round to bf16 in the same places: without these their losses are 9e-5 apart.
 BF16 = ("--bf16", "--no-bias-swiglu-fusion")
+HOW_IT_IS_COMPUTED = ("loss.impl", "model.attention_softmax_in_fp32")
 OURS_IN_BF16 = {"train.precision": "bf16", "loss.impl": "megatron", "model.attention_softmax_in_fp32": False}
 
 
@@ -35,10 +44,15 @@ class Kind:
 
     world_size: int = 1
     flags: tuple[str, ...] = ()
+    """Of the run, which a checkpoint does not hold."""
     settings: Settings = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    model: tuple[str, ...] = tuple(OF_THE_MODEL)
+    """More flags, which follow from the checkpoint or are printed."""
     is_blend: bool = False
     own_attention: bool = True
+    knows_ends: bool = False
+    """Whether Megatron-LM has the tokenizer, by which it finds where documents end."""
 
 
 KINDS = {
@@ -51,6 +65,15 @@ KINDS = {
         2, (*PP, *DISTRIBUTED), {"parallel.pp": 2, "parallel.distributed_optimizer": True}, {"FUSED_ADAM": "1"}
     ),
     "blend": Kind(is_blend=True),
+    "fused GELU, interleaved positions, WSD": Kind(
+        flags=WSD,
+        settings={**OUR_GELU, "model.bias_activation_fusion": True, "model.rotary_interleaved": True, **OUR_WSD},
+        model=(*GELU, "--rotary-interleaved"),
+    ),
+    "GELU": Kind(settings=OUR_GELU, model=(*GELU, "--no-bias-gelu-fusion")),
+    "isolated documents": Kind(
+        settings={"data.isolate_documents": True}, model=(*OF_THE_MODEL, *ISOLATED), knows_ends=True
+    ),
     "bf16": Kind(1, BF16, OURS_IN_BF16, own_attention=False),
     "distributed optimizer, dp 2, bf16": Kind(
         2,
@@ -108,6 +131,16 @@ def run_ours(ranks: Ranks, run: Kind, settings: Settings) -> list[Metrics]:
     return ranks.run(run.world_size, function, settings)[0]
 
 
+def tokenizer_flags(run: Kind, prefix: str, folder: Path) -> list[str]:
+    if not run.knows_ends:
+        return []
+    (folder / "tokenizer").mkdir()
+    shutil.copyfile(f"{prefix}.tokenizer.json", folder / "tokenizer" / "tokenizer.json")
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(described))
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder / "tokenizer")]
+
+
 def data_flags(data: list[str], cache: Path) -> list[str]:
     # It cannot make a blend of which no sample is held out.
     held_out = ["--eval-iters", str(int(len(data) > 1)), "--eval-interval", str(STEPS)]
@@ -118,13 +151,13 @@ def data_flags(data: list[str], cache: Path) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_megatron_lm_goes_on_here(checkout, kind, ranks, data, prefix, tmp_path):
     run, theirs, ours = KINDS[kind], tmp_path / "theirs", tmp_path / "ours"
-    flags = [*OF_THE_MODEL, *OF_THE_RUN, *data_flags(data, tmp_path), *run.flags]
+    flags = [*run.model, *OF_THE_RUN, *data_flags(data, tmp_path), *run.flags, *tokenizer_flags(run, prefix, tmp_path)]
     flags += ["--save", str(theirs), "--save-interval", str(SAVED)]
     whole = rows_of(launch(checkout, "plain", tuple(flags), run.world_size, **run.environment))
     told = convert(ranks, theirs / f"iter_{SAVED:07d}", ours, "--tokenizer", f"{prefix}.tokenizer.json")
     assert f"continuing at step {SAVED} after {SAVED * BATCH} samples" in told
     continued = {"config": str(ours / "config.yaml"), "run_dir": str(ours), "data.train": data}
-    continued |= {name: value for name, value in run.settings.items() if name.startswith(("loss.", "model."))}
+    continued |= {name: value for name, value in run.settings.items() if name in HOW_IT_IS_COMPUTED}
     continued |= {"train.eval_samples": 0, "log.tensorboard": False, "log.plots": False}
     assert_goes_on(run_ours(ranks, run, continued), whole)
 
@@ -148,7 +181,8 @@ def test_a_run_of_ours_goes_on_there(checkout, kind, ranks, data, prefix, tmp_pa
     run = KINDS[kind]
     whole, printed = saved_by_us(ranks, run, data, prefix, tmp_path)
     # The model is what the checkpoint says, and the flags that were printed.
-    flags = (*OF_THE_RUN, *data_flags(data, tmp_path), *run.flags, *printed)
+    of_the_data = (*data_flags(data, tmp_path), *tokenizer_flags(run, prefix, tmp_path))
+    flags = (*OF_THE_RUN, *of_the_data, *run.flags, *printed)
     assert_goes_on(rows_of(launch(checkout, "plain", flags, run.world_size, **run.environment)), whole)
 
 

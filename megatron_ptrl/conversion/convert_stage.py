@@ -21,6 +21,8 @@ def run(config: ConvertConfig) -> None:
         raise InputError(f"input is {source}, which is no folder")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise InputError(f"output is {final}, which exists; name a new folder, or an empty one")
+    if final.exists() and final.samefile("."):
+        raise InputError(f"output is {final}, the current folder, which would be replaced; name a new folder")
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -106,6 +106,8 @@ def write_settings(output: Path, run: PretrainConfig, *, whole: bool = False) ->
         },
         "train": {"precision": run.train.precision},
     }
+    if run.data.isolate_documents:
+        shared["data"]["isolate_documents"] = True
     if whole:
         shared["data"]["split"] = run.data.split
         shared |= {name: dataclasses.asdict(getattr(run, name)) for name in ("train", "optimizer", "parallel")}

@@ -23,7 +23,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from megatron_ptrl.config import ConvertConfig, PretrainConfig
 from megatron_ptrl.conversion import torch_dist
 from megatron_ptrl.conversion.hf_input import divisor, parsed, write_settings
-from megatron_ptrl.conversion.megatron_args import CONTENT, args_of, cannot_continue, flags_beyond_args, settings_of
+from megatron_ptrl.conversion.megatron_args import settings_of
+from megatron_ptrl.conversion.megatron_optimizer import CONTENT, cannot_continue, schedule_args
+from megatron_ptrl.conversion.megatron_output import args_of, check_model, flags_beyond_args
 from megatron_ptrl.conversion.megatron_tensors import check_tensors
 from megatron_ptrl.conversion.torch_dist import COMMON, METADATA, Reader
 from megatron_ptrl.conversion.weights import empty_objects
@@ -129,7 +131,7 @@ def from_megatron_lm(config: ConvertConfig, source: Path, output: Path, final: P
     settings["data"]["seq_length"] = config.seq_length or settings["data"]["seq_length"]
     reason = cannot_continue(args, common)
     run = parsed(settings)
-    check_tensors(run.model, rows, reader.tensors, path)
+    check_tensors(run.model, rows, reader.tensors, path, by="args")
     write_settings(output, run, whole=reason is None)
     progress = Progress() if reason else Progress(common["iteration"], args.consumed_train_samples)
     _write_ours(output, reader, common, progress, run, {**describe(run, tokenizer), "weights_only": reason is not None})
@@ -176,14 +178,20 @@ def _write_ours(
 
 
 def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
-    """Write the checkpoint that `config.input` names into the empty folder `output`, for --load of Megatron-LM."""
+    """Write the checkpoint that `config.input` names into the empty folder `output`, for --load of Megatron-LM.
+
+    Raises InputError for a model that Megatron-LM's arguments cannot say, and for other tensors than it has.
+    """
     path, notes = find_source(config.input, "input", checkpoint.newest_whole)
     manifest = checkpoint.read_manifest(path)
     tokenizer = tokenizer_of(manifest, config.tokenizer)
     check_vocabulary(path, manifest, tokenizer, "input")
+    check_model(manifest["model"], path)
     run = _run_of(manifest, path)
+    reader = Reader(path)
     weights_only = bool(manifest.get("weights_only"))
     args = args_of(run, manifest["vocab_size"], manifest["layout"], manifest)
+    check_tensors(run.model, args.padded_vocab_size, reader.tensors, path, by=checkpoint.MANIFEST)
     args.no_save_optim = weights_only
     content: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if run.parallel.distributed_optimizer and not weights_only:
@@ -195,10 +203,10 @@ def to_megatron_lm(config: ConvertConfig, output: Path, final: Path) -> str:
     if not weights_only:
         ours = read_common(path)
         whole_steps(ours["optimizer"])
+        vars(args).update(schedule_args(run))
         common |= {"optimizer": ours["optimizer"], "opt_param_scheduler": ours["run"]["scheduler"]}
     name = "release" if weights_only else f"iter_{manifest['step']:07d}"
     (output / name).mkdir()
-    reader = Reader(path)
     # A model of Transformer Engine, there, asks for more names than one of Megatron-Core's own layers has written here.
     objects: dict[str, Any] = dict(empty_objects(run.model))
     objects |= {key: reader.read_object(key) for key in reader.objects if not key.startswith("random_state")}
@@ -216,7 +224,7 @@ def _run_of(manifest: dict[str, Any], path: Path) -> PretrainConfig:
         raise InputError(
             f"{path} is of a run whose steps have no fixed batch; Megatron-LM's have: expected pretrain or sft"
         )
-    sections = ("data.seq_length", "parallel.", "optimizer.", "train.")
+    sections = ("data.seq_length", "data.isolate_documents", "parallel.", "optimizer.", "train.")
     wanted: dict[str, dict[str, Any]] = {}
     for name, value in saved.items():
         section, _, field = name.partition(".")

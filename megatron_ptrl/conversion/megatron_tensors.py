@@ -47,17 +47,19 @@ def tensors_of(model: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]:
     return every
 
 
-def check_tensors(model: ModelConfig, rows: int, stored: dict[str, tuple[tuple[int, ...], Any]], path: Path) -> None:
+def check_tensors(
+    model: ModelConfig, rows: int, stored: dict[str, tuple[tuple[int, ...], Any]], path: Path, *, by: str
+) -> None:
     """Raises InputError unless the checkpoint at `path` holds exactly the tensors of `model`, beside an optimizer's.
 
-    stored: name -> (shape, type)
+    stored: name -> (shape, type)   by: what of the checkpoint describes the model
     """
     expected = tensors_of(model, rows)
     for name, shape in expected.items():
         if name not in stored:
-            raise InputError(f"{path} has no {name}, which the model that its args describe needs")
+            raise InputError(f"{path} has no {name}, which the model of its {by} needs")
         if stored[name][0] != shape:
-            raise InputError(f"{path}: {name} has shape {stored[name][0]}; expected {shape} by its args")
+            raise InputError(f"{path}: {name} has shape {stored[name][0]}; expected {shape} by its {by}")
     for name in stored:
         if name not in expected and not name.startswith(_OPTIMIZER):
-            raise InputError(f"{path} has {name}, which the model that its args describe does not have")
+            raise InputError(f"{path} has {name}, which the model of its {by} does not have")

@@ -15,7 +15,7 @@ from megatron_ptrl.training.frozen import check_padding
 
 # What the network computes from its weights, whether or not their shapes tell. Other fields of the model (dropout,
 # recomputation, fusions, the pipeline split) may change from run to run, and the log says so.
-_DEFINE_THE_MODEL = (
+DEFINE_THE_MODEL = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
     *("normalization", "layernorm_epsilon", "qk_layernorm", "gated_linear_unit", "add_bias_linear", "add_qkv_bias"),
     *("activation_func", "share_embeddings_and_output_weights", "rotary_base", "make_vocab_size_divisible_by"),
@@ -143,7 +143,7 @@ def check_same_model(path: Path, config: RunConfig, tokenizer: Tokenizer) -> Non
     changed = _changed_model(manifest, config)
     if manifest["vocab_size"] != mine["vocab_size"]:
         changed["vocab_size"] = manifest["vocab_size"], mine["vocab_size"]
-    for name in (*_DEFINE_THE_MODEL, "vocab_size"):
+    for name in (*DEFINE_THE_MODEL, "vocab_size"):
         if name in changed:
             value, here = changed[name]
             raise InputError(
