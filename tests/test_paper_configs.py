@@ -100,7 +100,7 @@ def test_a_config_of_rlpt_has_the_settings_of_the_paper_and_can_be_planned(ranks
     assert "512 prompts x 8 = 4,096 responses of up to 8,192 tokens" in text and "no KL, token_mean" in text
     # Keys and values of 36 or 28 layers, 8 groups of 128 over the tensor-parallel ranks, in two bytes.
     layers, tp = settings["model"]["num_layers"], settings["parallel"]["tp"]
-    assert f"a KV cache of {2 * layers * 8 / tp * 128 * 2 * 10240 * rollout['batch'] / 2**30:.2f}" in text
+    assert f"a KV cache of {2 * layers * 8 / tp * 128 * 2 * 10752 * rollout['batch'] / 2**30:.2f}" in text
     assert not (tmp_path / "run").exists()
 
 

@@ -323,7 +323,7 @@ def test_log_probabilities_that_are_not_finite_are_refused(ranks, prefix, tmp_pa
 
 def test_prompts_that_are_too_long_are_told(ranks, prefix, tmp_path, start):
     path = Path(make_prompts(tmp_path / "p.jsonl", 5))
-    long = Prompt(id="long", task="asr", messages=[{"role": "user", "content": "x y " * 90}], target="", reference="")
+    long = Prompt(id="long", task="asr", messages=[{"role": "user", "content": "x y " * 90}], target="t", reference="t")
     path.write_bytes(path.read_bytes() + long.to_line() + b"\n")
     template = tmp_path / "chat.jinja"
     template.write_text(
