@@ -80,7 +80,8 @@ def test_tensors_that_cannot_be_read_are_told_by_file_with_the_checkpoint_before
     newest, before = (folder / "checkpoints" / f"step_{step:08d}" for step in (STEPS, SAVED))
     flip(data_file(newest), 0)
     settings = {"train__steps": STEPS, "parallel__tp": 2}
-    told = f"InputError: {data_file(newest)} is damaged; remove {newest}, the one before it is {before}"
+    told = f"InputError: {data_file(newest)} is damaged (at byte 0: archive/data.pkl is not as it was written); "
+    told += f"remove {newest}, the one before it is {before}"
     with pytest.raises(RankError, match=re.escape(told)):
         run_tiny(ranks, 2, tiny_config(prefix, folder, **settings))
     shutil.rmtree(before)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -177,11 +178,8 @@ def an_infinite_value(module: Any) -> Iterator[None]:
         found[0, 0, BAD_CELL] = -numpy.inf
         return found
 
-    scorer._stats = wrong
-    try:
+    with mock.patch.object(scorer, "_stats", wrong):
         yield
-    finally:
-        scorer._stats = right
 
 
 def test_a_value_that_is_not_finite_is_named(ranks, reference, unscored, tmp_path):
@@ -208,11 +206,8 @@ def no_room_for_rows(module: Any) -> Iterator[None]:
         torch.empty(1 << 50)
         return right(*arguments)
 
-    scorer._forward_step = greedy
-    try:
+    with mock.patch.object(scorer, "_forward_step", greedy):
         yield
-    finally:
-        scorer._forward_step = right
 
 
 def test_a_window_that_memory_cannot_hold_is_told_and_leaves_the_output_free(ranks, reference, unscored, tmp_path):

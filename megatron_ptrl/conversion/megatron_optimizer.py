@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from megatron_ptrl.config import PretrainConfig
 from megatron_ptrl.config.run import OptimizerConfig
-from megatron_ptrl.training.optimizer import check_schedule
+from megatron_ptrl.training.optimizer import ALIKE_IN_MEGATRON, check_schedule
 
 # Where a checkpoint says how its parts are stored.
 CONTENT = "content_metadata"
@@ -28,16 +28,7 @@ def optimizer_settings(told: dict[str, Any], batch: int) -> dict[str, Any]:
 
     told: Megatron-LM's arguments by name   batch: rows of a step, by which what is counted in samples becomes steps
     """
-    names = {
-        "lr": "lr",
-        "min_lr": "min_lr",
-        "weight_decay": "weight_decay",
-        "end_weight_decay": "weight_decay",
-        "adam_beta1": "adam_beta1",
-        "adam_beta2": "adam_beta2",
-        "adam_eps": "adam_eps",
-        "clip_grad": "clip_grad",
-    }
+    names = {**{name: name for name in ALIKE_IN_MEGATRON}, "end_weight_decay": "weight_decay"}
     found = {ours: told[theirs] for theirs, ours in names.items() if told.get(theirs) is not None}
     found["schedule"] = _DECAYS.get(told.get("lr_decay_style", "cosine"), "cosine")
     decay = _steps(told, "lr_decay", batch)

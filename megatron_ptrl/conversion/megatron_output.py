@@ -8,6 +8,7 @@ from megatron_ptrl.config import ModelConfig, PretrainConfig
 from megatron_ptrl.conversion.megatron_optimizer import ISOLATION
 from megatron_ptrl.errors import InputError
 from megatron_ptrl.training import mcore
+from megatron_ptrl.training.optimizer import ALIKE_IN_MEGATRON
 from megatron_ptrl.training.resume import DEFINE_THE_MODEL
 
 # What of `DEFINE_THE_MODEL` follows from `args_of` and `flags_beyond_args`; the rest has to be as by default.
@@ -45,7 +46,7 @@ def args_of(run: PretrainConfig, vocab_size: int, layout: dict[str, int], progre
 
     vocab_size: real tokens   layout, progress: as a manifest of ours has them
     """
-    model, optimizer, batch = run.model, run.optimizer, run.train.global_batch
+    model, batch = run.model, run.train.global_batch
     width = model.kv_channels or model.hidden_size // model.num_attention_heads
     groups = model.num_query_groups or model.num_attention_heads
     return Namespace(
@@ -95,13 +96,7 @@ def args_of(run: PretrainConfig, vocab_size: int, layout: dict[str, int], progre
         sequence_parallel=run.parallel.sequence_parallel,
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         optimizer="adam",
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        clip_grad=optimizer.clip_grad,
+        **{name: getattr(run.optimizer, name) for name in ALIKE_IN_MEGATRON},
         global_batch_size=batch,
         micro_batch_size=run.train.micro_batch,
         train_iters=run.train.steps,

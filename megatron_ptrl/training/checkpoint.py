@@ -242,13 +242,14 @@ def _told_when_damaged(path: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        file = find_damaged(path)
-        if file is None:
+        found = find_damaged(path)
+        if found is None:
             raise
+        file, wrong = found
         steps = (folder for folder in path.parent.glob("step_*") if _NAME.fullmatch(folder.name) and folder < path)
         before = next((str(folder) for folder in sorted(steps, reverse=True) if _defect(folder) is None), None)
         previous = f"the one before it is {before}" if before else "there is none before it"
-        raise InputError(f"{path / file} is damaged; remove {path}, {previous}") from error
+        raise InputError(f"{path / file} is damaged ({wrong}); remove {path}, {previous}") from error
 
 
 def _sharded_weights(chunks: list[Any]) -> dict[str, Any]:

@@ -15,29 +15,30 @@ WRITTEN_BY_RANKS = ".distcp"
 """Files with this ending have the tensors: gigabytes, in pieces with checksums."""
 
 
-def find_damaged(path: Path) -> str | None:
-    """The first file with a piece whose checksum is wrong, None without one. Reads all of them, in turns of the ranks.
+def find_damaged(path: Path) -> tuple[str, str] | None:
+    """(name, what is wrong) of the first file with a piece that is not as written, None without one.
 
-    Collective over all ranks. Cost in memory: the largest piece, which is what a rank has of a tensor.
+    Reads all of them, in turns of the ranks. Collective over all ranks. Cost in memory: the largest piece, which is
+    what a rank has of a tensor.
     """
     pieces: dict[str, list[tuple[int, int]]] = {}
     for info in FileSystemReader(path).read_metadata().storage_data.values():
         pieces.setdefault(info.relative_path, []).append((info.offset, info.length))
-    every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    every: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]
     mine = sorted(pieces)[dist.get_rank() :: len(every)]
-    dist.all_gather_object(every, [name for name in mine if not _is_whole(path / name, pieces[name])])
-    return min((name for part in every for name in part), default=None)
+    dist.all_gather_object(every, [(name, wrong) for name in mine if (wrong := _defect(path / name, pieces[name]))])
+    return min((found for part in every for found in part), default=None)
 
 
-def _is_whole(file: Path, pieces: list[tuple[int, int]]) -> bool:
+def _defect(file: Path, pieces: list[tuple[int, int]]) -> str | None:
     with file.open("rb") as stream:
         for offset, length in sorted(pieces):
             stream.seek(offset)
             try:
                 with zipfile.ZipFile(io.BytesIO(stream.read(length))) as archive:
-                    if archive.testzip() is not None:
-                        return False
-            # What zipfile raises of bytes that are no archive any more: that is the answer to the question.
-            except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):
-                return False
-    return True
+                    wrong = archive.testzip()
+            except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
+                return f"at byte {offset}: {error}"
+            if wrong is not None:
+                return f"at byte {offset}: {wrong} is not as it was written"
+    return None

@@ -12,22 +12,17 @@ from megatron_ptrl.config import RunConfig
 from megatron_ptrl.errors import InputError
 
 _OF_THE_RUN = ("lr", "max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "weight_decay", "betas", "eps")
+# Numbers that have one name here, in Megatron-Core's configuration of an optimizer and in Megatron-LM's arguments.
+ALIKE_IN_MEGATRON = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
 _STYLES = {"constant": "constant", "cosine": "cosine", "wsd": "WSD"}
 
 
 def build_optimizer(config: RunConfig, chunks: list[Any]) -> MegatronOptimizer:
     """AdamW over the model chunks; fused where apex or Transformer Engine is there, else torch's."""
-    optimizer = config.optimizer
     bf16 = config.train.precision == "bf16"
     settings = MegatronOptimizerConfig(
         optimizer="adam",
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        clip_grad=optimizer.clip_grad,
+        **{name: getattr(config.optimizer, name) for name in ALIKE_IN_MEGATRON},
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
